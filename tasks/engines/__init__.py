@@ -1,0 +1,83 @@
+"""Who makes pixels: one file an engine, one small protocol.
+
+Another engine is another file here with a class that has `Engine`'s members, and a line in `open_engine`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tasks.errors import DarkroomError
+from tasks.identity import digest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SAMPLERS = ("ddpm", "ddim", "dpm++", "plms", "euler", "euler_a", "unipc", "lcm")
+
+
+class EngineError(DarkroomError):
+    """The engine cannot be opened or cannot do what the recipe asks for."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that changes pixels besides prompt and seed. Weights count by the digest of their files, never by a name."""
+
+    model: str  # path or hub name, for people; not part of the id
+    model_digest: str  # 32 hexadecimal digits over the files the pipeline loads
+    sampler: str  # one of SAMPLERS
+    steps: int
+    guidance: float
+    width: int  # pixels
+    height: int  # pixels
+    dtype: str  # float32, bfloat16, float16
+    engine: str = "diffusers"
+
+    def identity(self) -> dict[str, Any]:
+        """The part of the recipe that decides pixels."""
+        return {name: value for name, value in asdict(self).items() if name != "model"}
+
+    @property
+    def recipe_id(self) -> str:
+        return digest(self.identity())
+
+
+@dataclass(frozen=True)
+class Order:
+    """One candidate to be made, as an engine sees it."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Images:
+    """What an engine made: `pixels` uint8 [n, height, width, 3]; `finite` bool [n], False where NaN or Inf became pixels."""
+
+    pixels: "np.ndarray"
+    finite: "np.ndarray"
+
+
+class Engine(Protocol):
+    """A loaded model. Held once per process and used for all its shards."""
+
+    model: str
+    digest: str
+    batch_size: int
+
+    def prepare(self, prompts: Sequence[tuple[str, str]]) -> None:
+        """Encode the distinct (prompt, negative prompt) pairs a shard needs, once; forget those no longer needed."""
+
+    def generate(self, orders: Sequence[Order], recipe: Recipe) -> Images:
+        """Make 1 … batch_size images in one call. An image depends on its own order and the recipe alone."""
+
+
+@dataclass(frozen=True)
+class TokenLimit:
+    """How many tokens an encoder can read; `count` gives the tokens of each prompt, begin and end included."""
+
+    encoder: str  # as named in messages: "text encoder of tiny-sd", "scorer tiny-clip-filter"
+    limit: int
+    count: Any  # Callable[[Sequence[str]], list[int]]

@@ -1,0 +1,211 @@
+"""One store for all places: local disk, S3, GCS, Azure, memory (fsspec).
+
+Every object is written whole or not at all, and `create` gives the one primitive all stores share: put this object only if
+there is none. On local disk that is a finished temporary file linked to its name (`open(…, "xb")` would leave a torn file
+behind a killed process); on S3 and GCS the server decides (If-None-Match, if-generation-match).
+"""
+
+import errno
+import io
+import os
+import re
+import threading
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+from tasks.errors import DarkroomError
+from tasks.identity import sha256
+
+TEMPORARY = (
+    "_tmp"  # finished-or-nothing: files grow here and are then renamed or linked; never read, safe to delete when idle
+)
+
+
+class StoreError(DarkroomError):
+    """The store could not be reached or refused."""
+
+
+class Missing(StoreError):
+    """An object that should be there is not."""
+
+
+class CorruptObject(StoreError):
+    """An object is there, but its bytes are not those that were written."""
+
+
+class Store:
+    """A root URL and the objects under it, addressed by keys such as `runs/ab12/ledger.parquet`.
+
+    Credentials come from the environment or fsspec's own configuration, never from Darkroom's parameters.
+    """
+
+    def __init__(self, url: str | Path, fs: fsspec.AbstractFileSystem | None = None):
+        self.url = str(url).rstrip("/")
+        if fs is None:
+            try:
+                fs, root = url_to_fs(self.url)
+            except (ImportError, ValueError) as error:
+                raise StoreError(
+                    f"store '{public(self.url)}' cannot be opened: {error}. Use file://, s3://, gs://, az:// "
+                    "or memory://, and install darkroom[gcs] or darkroom[azure] for the last two clouds"
+                ) from error
+        else:
+            root = fs._strip_protocol(self.url)
+        self.fs, self.root = fs, str(root).rstrip("/")
+
+    def __repr__(self) -> str:
+        return f"Store({public(self.url)!r})"
+
+    def path(self, key: str) -> str:
+        """The full path of a key, as the file system understands it."""
+        return f"{self.root}/{key}"
+
+    def uri(self, key: str) -> str:
+        """The key as a URL a person can paste into other tools, without credentials."""
+        return public(self.fs.unstrip_protocol(self.path(key)))
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def exists(self, key: str) -> bool:
+        return bool(self.fs.isfile(self.path(key)))
+
+    def read(self, key: str, sha256_: str | None = None) -> bytes:
+        """The object's bytes. Raises Missing, or CorruptObject where `sha256_` is given and differs."""
+        try:
+            data = self.fs.cat_file(self.path(key))
+        except FileNotFoundError as error:
+            raise Missing(
+                f"{self.uri(key)} does not exist; run `darkroom verify` to see what else is missing"
+            ) from error
+        if sha256_ is not None and sha256(data) != sha256_:
+            raise CorruptObject(
+                f"{self.uri(key)} has sha256 {sha256(data)}, expected {sha256_}: it was changed or damaged "
+                "after it was written; restore it, or delete it and start the run again"
+            )
+        return data
+
+    def read_table(self, key: str, columns: Sequence[str] | None = None, sha256_: str | None = None) -> pa.Table:
+        """A Parquet object (its `columns` only). Raises Missing, CorruptObject (torn file, or sha256 differs)."""
+        try:
+            source: Any = io.BytesIO(self.read(key, sha256_)) if sha256_ else self.fs.open(self.path(key), "rb")
+            with source:
+                return pq.read_table(source, columns=list(columns) if columns else None)
+        except FileNotFoundError as error:
+            raise Missing(
+                f"{self.uri(key)} does not exist; run `darkroom verify` to see what else is missing"
+            ) from error
+        except (pa.ArrowInvalid, OSError) as error:
+            raise CorruptObject(
+                f"{self.uri(key)} is not a readable Parquet file: {error}; delete it and start the run again "
+                "with the same command"
+            ) from error
+
+    def list(self, prefix: str) -> list[str]:
+        """The keys under a prefix, sorted. A helper for finding, never for deciding whether something is complete."""
+        self.fs.invalidate_cache()
+        try:
+            found = self.fs.find(self.path(prefix))
+        except FileNotFoundError:
+            return []
+        return sorted(str(path)[len(self.root) + 1 :] for path in found)
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def write(self, key: str, data: bytes) -> None:
+        """Put an object, replacing what was there; a reader sees the old or the new bytes, never a mixture."""
+        path = self.path(key)
+        if isinstance(self.fs, LocalFileSystem):
+            temporary = self._temporary(data)
+            _make_parent(path)
+            os.replace(temporary, path)
+        else:
+            self.fs.pipe_file(path, data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Put an object only if there is none. Returns whether this call put it; exactly one of many racers gets True."""
+        path = self.path(key)
+        if isinstance(self.fs, LocalFileSystem):
+            temporary = self._temporary(data)
+            _make_parent(path)
+            try:
+                os.link(temporary, path)
+                return True
+            except FileExistsError:
+                return False
+            finally:
+                os.unlink(temporary)
+        if isinstance(self.fs, MemoryFileSystem):
+            with _memory_lock:
+                if self.fs.exists(path):
+                    return False
+                self.fs.pipe_file(path, data)
+                return True
+        try:
+            self.fs.pipe_file(path, data, mode="create")
+            return True
+        except FileExistsError:  # AWS, MinIO, moto, GCS
+            return False
+        except OSError as error:  # SeaweedFS
+            if error.errno == errno.EINVAL and "condition" in str(error).lower():
+                return False
+            raise
+
+    def write_table(self, key: str, table: pa.Table, **options: Any) -> str:
+        """Put a Parquet object; returns its sha256."""
+        data = parquet_bytes(table, **options)
+        self.write(key, data)
+        return sha256(data)
+
+    def put_file(self, key: str, local: Path) -> None:
+        """Put a finished local file, too large to hold in memory, as an object."""
+        path = self.path(key)
+        if isinstance(self.fs, LocalFileSystem):
+            temporary = f"{self._temporary_folder()}/{uuid.uuid4().hex}"
+            self.fs.put_file(str(local), temporary)
+            _make_parent(path)
+            os.replace(temporary, path)
+        else:
+            self.fs.put_file(str(local), path)
+
+    def delete(self, key: str) -> None:
+        if self.exists(key):
+            self.fs.rm_file(self.path(key))
+
+    def _temporary_folder(self) -> str:
+        folder = f"{self.root}/{TEMPORARY}"
+        os.makedirs(folder, exist_ok=True)
+        return folder
+
+    def _temporary(self, data: bytes) -> str:
+        path = f"{self._temporary_folder()}/{uuid.uuid4().hex}"
+        with open(path, "xb") as file:
+            file.write(data)
+        return path
+
+
+_memory_lock = threading.Lock()
+
+
+def _make_parent(path: str) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+
+
+def public(url: str) -> str:
+    """A URL without the user and password that may stand in it, fit for logs and lineage."""
+    return re.sub(r"(?<=://)[^/@]*@", "", url)
+
+
+def parquet_bytes(table: pa.Table, **options: Any) -> bytes:
+    """The table as one Parquet file in memory; zstd-compressed unless said otherwise."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, **{"compression": "zstd", **options})
+    return buffer.getvalue()
