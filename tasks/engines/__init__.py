@@ -3,8 +3,10 @@
 Another engine is another file here with a class that has `Engine`'s members, and a line in `open_engine`.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tasks.errors import DarkroomError
@@ -81,3 +83,23 @@ class TokenLimit:
     encoder: str  # as named in messages: "text encoder of tiny-sd", "scorer tiny-clip-filter"
     limit: int
     count: Any  # Callable[[Sequence[str]], list[int]]
+    negatives: bool = True  # whether negative prompts go through it too (through a scorer they never do)
+
+
+def open_engine(model: str, dtype: str, batch_size: int) -> Engine:
+    """The engine for a model, loaded at the first call and held: a process keeps one, that of its latest call.
+
+    `dtype`: float32, bfloat16, float16 or auto. Threads may share it. Raises EngineError.
+    """
+    with _opening:
+        return _open(model, dtype, batch_size)
+
+
+_opening = threading.Lock()
+
+
+@lru_cache(maxsize=1)
+def _open(model: str, dtype: str, batch_size: int) -> Engine:
+    from tasks.engines.diffusers import DiffusersEngine
+
+    return DiffusersEngine(model, dtype, batch_size)

@@ -1,5 +1,7 @@
 """Where things are in the store (DESIGN §5). Keys are relative to the store's root and use `/` on every system."""
 
+RUNS, MANIFESTS, CANDIDATES, SCORES, DATASETS = "runs", "manifests", "candidates", "scores", "datasets"  # the roots
+
 
 def manifest(sha256: str) -> str:
     return f"manifests/{sha256}/prompts.parquet"
@@ -19,8 +21,14 @@ def plan(run: str, round: int) -> str:
     return f"runs/{run}/plan/round-{round:02d}/plan.json"
 
 
-def orders(run: str, round: int, number: int) -> str:
-    return f"runs/{run}/plan/round-{round:02d}/shard-{number:05d}.parquet"
+def plans(run: str) -> str:
+    """The folder of the plans of all rounds."""
+    return f"runs/{run}/plan"
+
+
+def orders(run: str, round: int, number: int, content: str = "") -> str:
+    """`content`: digest of the orders, so that two planners of one run never overwrite each other's files."""
+    return f"runs/{run}/plan/round-{round:02d}/shard-{number:05d}{content and '-'}{content}.parquet"
 
 
 def ledger(run: str) -> str:
@@ -33,6 +41,21 @@ def report(run: str) -> str:
 
 def recipe(recipe_id: str) -> str:
     return f"candidates/recipe={recipe_id}/recipe.json"
+
+
+def shard(recipe_id: str, shard: str) -> str:
+    """The folder of a shard."""
+    return f"candidates/recipe={recipe_id}/{shard}"
+
+
+def shard_of(part: str) -> str:
+    """The shard a part file belongs to."""
+    return part.split("/")[2]
+
+
+def shards(recipe_id: str) -> str:
+    """The folder of all shards of a recipe."""
+    return f"candidates/recipe={recipe_id}"
 
 
 def part(recipe_id: str, shard: str, batch: int) -> str:

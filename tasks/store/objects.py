@@ -25,9 +25,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tasks.errors import DarkroomError
 from tasks.identity import sha256
 
-TEMPORARY = (
-    "_tmp"  # finished-or-nothing: files grow here and are then renamed or linked; never read, safe to delete when idle
-)
+TEMPORARY = "_tmp"  # files grow here and are then renamed or linked; never read, safe to delete when idle
+_CREDENTIALS = re.compile(r"(?<=://)[^/@]*:[^/@]*@")  # user:password@ (Azure's container@account is none)
 
 
 class StoreError(DarkroomError):
@@ -50,9 +49,15 @@ class Store:
 
     def __init__(self, url: str | Path, fs: fsspec.AbstractFileSystem | None = None):
         self.url = str(url).rstrip("/")
+        if _CREDENTIALS.search(self.url):
+            raise StoreError(
+                f"store '{public(self.url)}' was given with credentials in its URL, where logs and lineage would show them; "
+                "put them into the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, …) and leave them out of the URL"
+            )
         if fs is None:
             try:
-                fs, root = url_to_fs(self.url)
+                # a cached listing would hide what other processes write: `exists` trusts it
+                fs, root = url_to_fs(self.url, use_listings_cache=False)
             except (ImportError, ValueError) as error:
                 raise StoreError(
                     f"store '{public(self.url)}' cannot be opened: {error}. Use file://, s3://, gs://, az:// "
@@ -97,8 +102,8 @@ class Store:
         """A Parquet object (its `columns` only). Raises Missing, CorruptObject (torn file, or sha256 differs)."""
         try:
             source: Any = io.BytesIO(self.read(key, sha256_)) if sha256_ else self.fs.open(self.path(key), "rb")
-            with source:
-                return pq.read_table(source, columns=list(columns) if columns else None)
+            with source, pq.ParquetFile(source) as file:  # `pq.read_table` would import pandas, for a second
+                return file.read(columns=list(columns) if columns else None)
         except FileNotFoundError as error:
             raise Missing(
                 f"{self.uri(key)} does not exist; run `darkroom verify` to see what else is missing"
@@ -111,12 +116,16 @@ class Store:
 
     def list(self, prefix: str) -> list[str]:
         """The keys under a prefix, sorted. A helper for finding, never for deciding whether something is complete."""
+        return sorted(self.sizes(prefix))
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Key → bytes of what is under a prefix."""
         self.fs.invalidate_cache()
         try:
-            found = self.fs.find(self.path(prefix))
+            found = self.fs.find(self.path(prefix), detail=True)
         except FileNotFoundError:
-            return []
-        return sorted(str(path)[len(self.root) + 1 :] for path in found)
+            return {}
+        return {str(path)[len(self.root) + 1 :]: facts["size"] for path, facts in found.items()}
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
@@ -201,7 +210,7 @@ def _make_parent(path: str) -> None:
 
 def public(url: str) -> str:
     """A URL without the user and password that may stand in it, fit for logs and lineage."""
-    return re.sub(r"(?<=://)[^/@]*@", "", url)
+    return _CREDENTIALS.sub("", url)
 
 
 def parquet_bytes(table: pa.Table, **options: Any) -> bytes:

@@ -36,6 +36,17 @@ def find(store: Store, folder: str, writer_id: str) -> dict[str, Any] | None:
     return None
 
 
+def everything(store: Store, root: str) -> list[tuple[str, dict[str, Any]]]:
+    """(name, snapshot) of every committed version of every folder `<root>/<name>`, by name and version."""
+    keys = (key.split("/") for key in store.list(root))
+    names = dict.fromkeys(parts[1] for parts in keys if len(parts) == 4 and parts[2] == "_snapshots")
+    return [
+        (name, load(store, f"{root}/{name}", version))
+        for name in names
+        for version in versions(store, f"{root}/{name}")
+    ]
+
+
 def claim(store: Store, folder: str, writer_id: str) -> int:
     """The version number this writer may write to: its own unfinished claim, else the next free number."""
     taken = _numbers(store, f"{folder}/_claims")
@@ -45,6 +56,8 @@ def claim(store: Store, folder: str, writer_id: str) -> int:
             return number
     number = max([0, *taken, *done]) + 1
     while not store.create(_claim(folder, number), json.dumps({"writer_id": writer_id}).encode()):
+        if json.loads(store.read(_claim(folder, number)))["writer_id"] == writer_id:
+            return number  # this writer, started twice, claimed it in between
         number += 1
     return number
 

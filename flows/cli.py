@@ -1,0 +1,201 @@
+"""`darkroom`: run a manifest, trace an image, verify a store. Heavy imports wait until a command needs them."""
+
+import json
+import os
+import shutil
+import sys
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="darkroom",
+    help="Prompts in, a filtered, versioned, traceable image dataset out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+StoreOption = Annotated[
+    str, typer.Option(help="Folder or URL of the object store: file://, s3://, gs://, az://, memory://.")
+]
+
+
+class OnBadRows(StrEnum):
+    fail = "fail"
+    quarantine = "quarantine"
+
+
+@app.command()
+def run(
+    manifest: Annotated[str, typer.Argument(help="Parquet file, folder or glob of prompts; any fsspec URL.")],
+    store: StoreOption = "out/store",
+    name: Annotated[str, typer.Option(help="Name of the dataset that gets the next release.")] = "demo",
+    reject: Annotated[str, typer.Option(help="Rejection rate, exact: 0.6 or 3/5.")] = "0.6",
+    floor: Annotated[float | None, typer.Option(help="Accept nothing with a raw cosine below this.")] = None,
+    k_min: Annotated[int | None, typer.Option(help="Images to accept per prompt at least.")] = None,
+    k_max: Annotated[int | None, typer.Option(help="Images to accept per prompt at most.")] = None,
+    candidates: Annotated[int | None, typer.Option(help="Images to make per prompt.")] = None,
+    model: Annotated[str | None, typer.Option(help="Diffusers folder or hub name.")] = None,
+    scorer: Annotated[str | None, typer.Option(help="OpenCLIP folder or hub name.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddpm, ddim, dpm++, plms, euler, euler_a, unipc or lcm.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per call of the model.")] = None,
+    shard_size: Annotated[int | None, typer.Option(help="Images per task.")] = None,
+    on_bad_rows: Annotated[OnBadRows, typer.Option(help="What to do with a bad row of the manifest.")] = OnBadRows.fail,
+    edition: Annotated[str, typer.Option(help="Names this batch of images; another edition makes new images.")] = "",
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's own log.")] = False,
+) -> None:
+    """Make the candidates a manifest asks for, judge them and release the best. Start it again to go on after a stop."""
+    _quiet_prefect(verbose)
+    with _errors():
+        from pydantic import ValidationError
+
+        from flows.nightly import nightly
+        from flows.parameters import Generation, Policy, Scoring
+
+        try:
+            generation = Generation(
+                **_given(
+                    model=model,
+                    candidates=candidates,
+                    sampler=sampler,
+                    steps=steps,
+                    guidance=guidance,
+                    width=width,
+                    height=height,
+                    batch_size=batch_size,
+                    shard_size=shard_size,
+                )
+            )
+            scoring = Scoring(**_given(scorer=scorer))
+            policy = Policy(**_given(reject=reject, floor=floor, k_min=k_min, k_max=k_max))
+        except ValidationError as error:
+            raise typer.BadParameter(_in_words(error)) from error
+        summary = nightly(
+            manifest=manifest,
+            store=store,
+            name=name,
+            generation=generation,
+            scoring=scoring,
+            policy=policy,
+            on_bad_rows=on_bad_rows.value,
+            edition=edition,
+        )
+        _print_summary(summary)
+
+
+@app.command()
+def trace(
+    image: Annotated[str, typer.Argument(help="Candidate id (8 digits are enough if unique) or an image file.")],
+    store: StoreOption = "out/store",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a tree.")] = False,
+) -> None:
+    """From an image back to prompt, manifest row, recipe, weights, scores, verdict and run."""
+    with _errors():
+        from tasks import trace as tracing
+        from tasks.store import Store
+
+        facts = tracing.trace(Store(store), image)
+        if as_json:
+            typer.echo(json.dumps(facts, indent=2, ensure_ascii=False, default=str))
+        else:
+            typer.echo(tracing.tree(facts, width=shutil.get_terminal_size((120, 40)).columns))
+
+
+@app.command()
+def verify(store: StoreOption = "out/store") -> None:
+    """Check every snapshot's files, sums and row counts, and that every verdict adds up. Exit 1 with the list of faults."""
+    with _errors():
+        from tasks.store import Store
+        from tasks.verify import verify as check
+
+        report = check(Store(store))
+        for problem in report.problems:
+            typer.echo(f"✗ {problem.key}: {problem.what}; {problem.remedy}", err=True)
+        checked = (
+            ", ".join(f"{count:,} {kind}" for kind, count in report.checked.items()) or "nothing: the store is empty"
+        )
+        typer.echo(f"checked {checked}: {f'{len(report.problems):,} problems' if report.problems else 'all is well'}")
+        if report.problems:
+            raise typer.Exit(1)
+
+
+class _errors:
+    """Errors that Darkroom names are told in one paragraph, without a traceback."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        from tasks.errors import DarkroomError
+
+        if isinstance(error, DarkroomError):
+            typer.secho(f"\ndarkroom: {error}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(1) from error
+        if isinstance(error, KeyboardInterrupt):
+            typer.echo("\ndarkroom: stopped. What was finished is kept; the same command goes on from there.", err=True)
+            raise typer.Exit(130) from error
+
+
+def _quiet_prefect(verbose: bool) -> None:
+    """Before Prefect is imported: no telemetry, patience with a slow machine, and a log only for those who want it."""
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were set; the others keep the form's defaults."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _in_words(error: Any) -> str:
+    """A pydantic ValidationError in the words of the command line."""
+    return "; ".join(
+        f"--{str(problem['loc'][0]).replace('_', '-')}: {problem['msg']}, received {problem['input']!r}"
+        for problem in error.errors()
+    )
+
+
+MANIFEST_NOTES = {"merged": "duplicate rows merged", "bad_rows": "bad rows quarantined"}
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    counts, rate = summary["counts"], summary["rejection_rate"]
+    table = Table.grid(padding=(0, 3))
+    table.add_column(style="dim")
+    table.add_row(
+        "manifest",
+        f"{summary['prompts']} prompts in {summary['strata']} strata"
+        + "".join(f", {summary[n]} {words}" for n, words in MANIFEST_NOTES.items() if summary[n]),
+    )
+    table.add_row(
+        "candidates",
+        f"{summary['candidates']}: {summary['made']} made now, {summary['found']} found in the store"
+        + (f" · {summary['images_per_second']:.1f} images/s" if summary["made"] else ""),
+    )
+    table.add_row(
+        "verdicts",
+        f"[bold]{counts['accepted']} accepted[/], {counts['rejected']} rejected"
+        + (f" ({rate:.1%})" if rate is not None else "")
+        + "".join(f", {counts[v]} {v}" for v in ("unsafe", "degenerate", "error") if counts[v]),
+    )
+    table.add_row("release", f"[bold]{summary['dataset']} v{summary['version']}[/]  {summary['release']}")
+    table.add_row("report", summary["report"])
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"\n[bold]Darkroom[/] run {summary['run']} in {summary['seconds']:.0f} s\n")
+    console.print(table)
+    console.print()
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,197 @@
+"""The main flow: a manifest of prompts in, a filtered, versioned, traceable image dataset out.
+
+    ingest → plan → generate ⇉ score → select → release → lineage → report
+
+Starting it again with the same parameters goes on where it stopped: what the store holds is never made twice.
+"""
+
+import time
+from collections import deque
+from queue import SimpleQueue
+from typing import Any, Literal
+
+from prefect import flow
+from prefect.futures import PrefectFuture
+from prefect.runtime import flow_run
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows import steps
+from flows.parameters import Generation, Policy, Scoring
+from flows.progress import Progress
+from tasks.engines import EngineError, Recipe
+from tasks.errors import DarkroomError
+from tasks.lineage import Events
+from tasks.references import PlanRef, ShardMade, ShardScored
+from tasks.release import ReleaseError, check_name
+from tasks.scorers import ScorerError
+from tasks.store import Store, layout
+
+
+class RunIncomplete(DarkroomError):
+    """Some shards could not be finished; the others are in the store."""
+
+
+@flow(
+    name="nightly",
+    flow_run_name="{name}",
+    # one shard is generated while the one before is scored
+    task_runner=ThreadPoolTaskRunner(max_workers=2),  # type: ignore[arg-type]
+    description="Prompts in, a filtered, versioned, traceable image dataset out.",
+)
+def nightly(
+    manifest: str = "data/manifests/demo.parquet",
+    store: str = "out/store",
+    name: str = "demo",
+    generation: Generation = Generation(),  # noqa: B008  (immutable; the form shows these defaults)
+    scoring: Scoring = Scoring(),  # noqa: B008
+    policy: Policy = Policy(),  # noqa: B008
+    on_bad_rows: Literal["fail", "quarantine"] = "fail",
+    edition: str = "",
+) -> dict[str, Any]:
+    """Make the candidates a manifest asks for, judge them and release the best.
+
+    Args:
+        manifest: Parquet file, folder or glob of prompts; any fsspec URL.
+        store: URL of the object store: a folder, file://, s3://, gs://, az:// or memory://.
+        name: name of the dataset that gets the next release.
+        generation: how candidates are made.
+        scoring: who judges them.
+        policy: what is accepted.
+        on_bad_rows: fail, or quarantine (leave bad rows out and write them beside the manifest snapshot).
+        edition: names this batch of images. The same edition again makes nothing new, another one makes new images.
+            {date} stands for the day the run was scheduled for.
+    """
+    from tasks.engines.models import default_recipe
+    from tasks.scorers.openclip import fingerprint
+
+    started = time.monotonic()
+    check_name(name)
+    edition = edition.replace("{date}", scheduled_date())
+    recipe = default_recipe(generation.model, **generation.model_dump(mode="json", include=RECIPE_FIELDS))
+    scorer = fingerprint(scoring.scorer)
+
+    snapshot = steps.ingest(store, manifest, generation.model, scoring.scorer, on_bad_rows)
+    run = steps.open_run(
+        store,
+        {
+            "manifest": snapshot.sha256,
+            "dataset": name,
+            "edition": edition,
+            "recipe": recipe.identity(),
+            "candidates": generation.candidates,
+            "scorer": scorer,
+            "policy": policy.model_dump(mode="json"),
+        },
+    )
+    with Events(Store(store), run, name) as events:
+        with events.step("plan", inputs=[layout.manifest(snapshot.sha256)], outputs=[layout.plan(run, 0)]):
+            plan = steps.plan(
+                store,
+                snapshot,
+                run,
+                recipe,
+                generation.candidates,
+                shard_size=generation.shard_size,
+                batch_size=generation.batch_size,
+                edition=edition,
+            )
+        with events.step("generate", inputs=[layout.plan(run, 0)]) as event:
+            made = generate_and_score(store, plan, recipe, generation.batch_size, scoring, scorer)
+            event.counts.update(made=sum(m.made for m in made), found=sum(m.found for m in made))
+        with events.step("select", inputs=[layout.plan(run, 0)], outputs=[layout.ledger(run)]) as event:
+            selection = steps.select(store, plan, snapshot, scorer, policy)
+            event.counts.update(selection.counts)
+        summary = summarize(started, plan, made)
+        with events.step("release", inputs=[selection.ledger]) as event:
+            try:
+                released = steps.release(store, name, selection, plan, snapshot)
+            except ReleaseError:  # nothing to release: the report shows why
+                steps.report(store, name, selection, None, plan, snapshot, policy, summary)
+                raise
+            event.outputs += released.files
+        with events.step("lineage", inputs=[selection.ledger], outputs=[layout.lineage_images(run)]):
+            steps.lineage(store, selection, plan, snapshot, released)
+        report = steps.report(store, name, selection, released, plan, snapshot, policy, summary)
+
+    return {
+        "run": run,
+        "prompts": snapshot.prompts,
+        "merged": snapshot.merged,
+        "bad_rows": snapshot.bad_rows,
+        "strata": len(snapshot.strata),
+        **summary,
+        "seconds": time.monotonic() - started,
+        "counts": selection.counts,
+        "rejection_rate": selection.rejection_rate,
+        "dataset": name,
+        "version": released.version,
+        "release": Store(store).uri(layout.release(name, released.version)),
+        "report": report,
+    }
+
+
+def generate_and_score(
+    store: str, plan: PlanRef, recipe: Recipe, batch_size: int, scoring: Scoring, scorer: str
+) -> list[ShardMade]:
+    """Generate shard after shard, and score each as soon as it is made, while the next one is generated.
+
+    A shard that fails does not stop the others. Raises RunIncomplete at the end, or at once an error all shards share.
+    """
+    finished: SimpleQueue[PrefectFuture] = SimpleQueue()
+    waiting = deque(plan.shards)
+    running = 0
+    made: list[ShardMade] = []
+    failed: list[str] = []
+
+    def start(step: Any, *args: Any) -> None:
+        nonlocal running
+        running += 1
+        step.submit(*args).add_done_callback(finished.put)
+
+    def start_next_shard() -> None:
+        if waiting:
+            start(steps.generate, store, plan.run, waiting.popleft(), recipe, batch_size)
+
+    with Progress(len(plan.shards), plan.candidates) as progress:
+        start_next_shard()
+        while running:
+            result = finished.get().result(raise_on_failure=False)
+            running -= 1
+            match result:
+                case ShardMade():
+                    made.append(result)
+                    start(steps.score, store, result.shard, scoring.scorer, scorer, scoring.batch_size)
+                    start_next_shard()
+                case ShardScored():
+                    progress.shard_done()
+                case EngineError() | ScorerError():
+                    raise result
+                case error:
+                    failed.append(f"{type(error).__name__}: {error}")
+                    start_next_shard()
+    if failed:
+        raise RunIncomplete(
+            f"{len(failed)} of {len(plan.shards)} shards of run {plan.run} failed, first with {failed[0]}; the others are "
+            "kept. Start the same command again: it makes only what is missing"
+        )
+    return made
+
+
+RECIPE_FIELDS = {"sampler", "steps", "guidance", "width", "height", "dtype"}
+
+
+def scheduled_date() -> str:
+    """The day this run stands for, as 2026-11-23 (UTC); a run that starts late keeps the day it was scheduled for."""
+    return f"{flow_run.scheduled_start_time:%Y-%m-%d}"
+
+
+def summarize(started: float, plan: PlanRef, made: list[ShardMade]) -> dict[str, Any]:
+    """How many candidates there are, where they came from, and how fast they were made."""
+    new, seconds = sum(shard.made for shard in made), sum(shard.seconds for shard in made if shard.made)
+    return {
+        "candidates": plan.candidates,
+        "made": new,
+        "found": plan.candidates - new,
+        "images_per_second": new / seconds if new else None,
+        "seconds": time.monotonic() - started,
+    }

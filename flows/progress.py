@@ -1,0 +1,83 @@
+"""How far a run is: a bar in the terminal for the person watching, a progress artifact for the Prefect UI."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self
+
+_current: "Progress | None" = None
+
+
+def advance(images: int) -> None:
+    """Tell the run in this process, if one is shown here, that so many images were just made or found."""
+    if _current is not None:
+        _current.images_done(images)
+
+
+class Progress:
+    """Shows shards done, images per second and time left while it is entered."""
+
+    def __init__(self, shards: int, images: int):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        self.shards, self.images = shards, images
+        self._shards_done = self._images_done = 0
+        self._started = time.monotonic()
+        self._bar = Bar(
+            TextColumn("  developing"),
+            BarColumn(bar_width=32),
+            MofNCompleteColumn(),
+            TextColumn("images · {task.fields[shards]} shards · {task.fields[rate]} · {task.fields[left]}"),
+            TimeElapsedColumn(),
+            console=Console(file=sys.stderr),
+            disable=not sys.stderr.isatty(),
+            transient=False,
+        )
+        self._task = self._bar.add_task("", total=images, **self._texts())
+
+    def images_done(self, images: int) -> None:
+        self._images_done += images
+        self._bar.update(self._task, completed=self._images_done, **self._texts())
+
+    def shard_done(self) -> None:
+        self._shards_done += 1
+        self._bar.update(self._task, **self._texts())
+        self._publish()
+
+    def _texts(self) -> dict[str, Any]:
+        seconds = time.monotonic() - self._started
+        rate = self._images_done / seconds if seconds > 0 else 0.0
+        left = (self.images - self._images_done) / rate if rate > 0 else None
+        return {
+            "shards": f"{self._shards_done}/{self.shards}",
+            "rate": f"{rate:.1f} images/s",
+            "left": "…" if left is None else f"{left:.0f} s left",
+        }
+
+    def _publish(self) -> None:
+        from prefect.artifacts import update_progress_artifact
+
+        texts = self._texts()
+        update_progress_artifact(
+            self._artifact,
+            progress=100 * self._shards_done / self.shards,
+            description=f"{texts['shards']} shards, {self._images_done}/{self.images} images, {texts['rate']}, {texts['left']}",
+        )
+
+    def __enter__(self) -> Self:
+        from prefect.artifacts import create_progress_artifact
+
+        global _current
+        _current = self
+        self._artifact: Any = create_progress_artifact(progress=0.0, description=f"0/{self.shards} shards")
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _current
+        self._bar.stop()
+        _current = None

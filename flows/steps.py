@@ -1,0 +1,124 @@
+"""The steps of a flow: thin Prefect tasks over the plain functions in `tasks/`, which tests call without Prefect.
+
+A task gets and gives references; images and tables go through the store (DESIGN §3). Nothing is cached by Prefect: the
+store itself knows what is done, so every step may be called again.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
+from prefect.states import State
+
+from flows import progress
+from tasks.engines import Recipe
+from tasks.errors import DarkroomError
+from tasks.references import ManifestRef, PlanRef, ReleaseRef, Selection, ShardMade, ShardRef, ShardScored
+from tasks.select import Policy
+from tasks.store import Store
+
+
+def may_pass(task: Any, run: TaskRun, state: State) -> bool:
+    """Whether a failure may go away by itself: the network's and the disk's may, those Darkroom names do not."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, OSError) and not isinstance(error, DarkroomError)
+
+
+step: Callable[..., Any] = functools.partial(
+    task, cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[1, 10], retry_condition_fn=may_pass
+)
+
+
+@step(name="ingest")
+def ingest(store: str, manifest: str, model: str, scorer: str, on_bad_rows: Any) -> ManifestRef:
+    from tasks.engines.models import token_limits
+    from tasks.ingest import ingest
+    from tasks.scorers.openclip import token_limit
+
+    return ingest(manifest, Store(store), [*token_limits(model), token_limit(scorer)], on_bad_rows)
+
+
+@step(name="open run")
+def open_run(store: str, asked: dict[str, Any]) -> str:
+    from prefect.runtime import flow_run
+
+    from tasks.runs import open_run
+
+    return open_run(Store(store), asked, flow_run.id)
+
+
+@step(name="plan")
+def plan(store: str, manifest: ManifestRef, run: str, recipe: Recipe, candidates: int, **sizes: Any) -> PlanRef:
+    from tasks.plan import plan
+
+    return plan(Store(store), manifest, run, recipe, candidates, **sizes)
+
+
+@step(name="generate", task_run_name="generate {shard.shard}", tags=["gpu"])
+def generate(store: str, run: str, shard: ShardRef, recipe: Recipe, batch_size: int) -> ShardMade:
+    from tasks.engines import open_engine
+    from tasks.generate import generate_shard
+
+    def opened():
+        return open_engine(recipe.model, recipe.dtype, batch_size)
+
+    return generate_shard(Store(store), run, shard, opened, batch_size, progress=progress.advance)
+
+
+@step(name="score", task_run_name="score {shard.shard}")
+def score(store: str, shard: ShardRef, scorer: str, fingerprint: str, batch_size: int) -> ShardScored:
+    from tasks.score import score_shard
+    from tasks.scorers import open_scorer
+
+    return score_shard(Store(store), shard, fingerprint, lambda: open_scorer(scorer, batch_size))
+
+
+@step(name="select")
+def select(store: str, plan: PlanRef, manifest: ManifestRef, fingerprint: str, policy: Policy) -> Selection:
+    from tasks.select import judge_run
+
+    return judge_run(Store(store), plan, manifest, fingerprint, policy, plan.run)
+
+
+@step(name="release")
+def release(store: str, name: str, selection: Selection, plan: PlanRef, manifest: ManifestRef) -> ReleaseRef:
+    from tasks.release import release
+
+    return release(Store(store), name, selection, plan, manifest)
+
+
+@step(name="lineage")
+def lineage(store: str, selection: Selection, plan: PlanRef, manifest: ManifestRef, released: ReleaseRef) -> str:
+    from tasks.lineage import record_images
+
+    return record_images(Store(store), selection, plan, manifest, released)
+
+
+@step(name="report")
+def report(
+    store: str,
+    name: str,
+    selection: Selection,
+    released: ReleaseRef | None,
+    plan: PlanRef,
+    manifest: ManifestRef,
+    policy: Policy,
+    summary: dict[str, Any],
+) -> str:
+    """Write the HTML report and the summary that Prefect shows; returns where the report is."""
+    from prefect.artifacts import create_markdown_artifact
+
+    from tasks.report import summarize, write_report
+
+    place = Store(store)
+    facts = {"This run": {title.replace("_", " "): value for title, value in summary.items() if value is not None}}
+    key = write_report(place, selection, plan, manifest, name=name, policy=policy, release=released, facts=facts)
+    create_markdown_artifact(
+        summarize(place, selection, plan, name=name, policy=policy, release=released, report=place.uri(key)),
+        key=f"run-{selection.run}",
+        description=f"{name}: what run {selection.run} came to",
+    )
+    return place.uri(key)

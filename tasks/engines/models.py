@@ -1,0 +1,278 @@
+"""What can be known of a diffusers model from its folder alone, without torch and in well under a second."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tasks.engines import EngineError, Recipe, TokenLimit
+from tasks.engines.samplers import check_sampler
+from tasks.identity import digest, sha256_file
+
+TEXT_SUFFIXES = (".json", ".txt", ".model")
+DEFAULTS_FILE = "darkroom.json"  # beside model_index.json: {"steps": …, "guidance": …, "sampler": …}, any of them
+NOT_LOADED = (
+    "safety_checker",
+    "feature_extractor",
+    "image_encoder",
+)  # it blackens images in place; the others serve it
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """How the makers of a model sample from it."""
+
+    steps: int
+    guidance: float
+    sampler: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """A pipeline class: its published defaults (model cards, else the pipeline's own), and what differs in calling it."""
+
+    defaults: Defaults
+    negative: bool = True  # whether a negative prompt has an effect
+    max_t5_tokens: int = 0  # 0: has no T5
+
+
+FAMILIES = {
+    "StableDiffusionPipeline": Family(Defaults(30, 7.5, "dpm++")),
+    "StableDiffusionXLPipeline": Family(Defaults(30, 5.0, "dpm++")),
+    "StableDiffusion3Pipeline": Family(Defaults(28, 7.0, "euler"), max_t5_tokens=256),
+    "FluxPipeline": Family(Defaults(28, 3.5, "euler"), negative=False, max_t5_tokens=512),
+}
+FLUX_SCHNELL = Family(Defaults(4, 0.0, "euler"), negative=False, max_t5_tokens=256)
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A diffusers model folder, read lazily. Opening one that is none, or of a family that is not known, raises EngineError."""
+
+    path: Path
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        return self.config("model_index.json")
+
+    def config(self, name: str) -> dict[str, Any]:
+        file = self.path / name
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise EngineError(
+                f"{file} cannot be read ({error}): the engine takes folders as diffusers' `save_pretrained` writes "
+                "them, with model_index.json and one folder a component"
+            ) from error
+
+    @property
+    def components(self) -> list[str]:
+        """The folders whose files decide pixels."""
+        used = (name for name, entry in self.index.items() if isinstance(entry, list) and entry[0] is not None)
+        return sorted(name for name in used if name not in NOT_LOADED)
+
+    @cached_property
+    def family(self) -> Family:
+        name = self.index.get("_class_name")
+        if name not in FAMILIES:
+            raise EngineError(
+                f"{self.path} holds a pipeline of class {name}; the diffusers engine takes {', '.join(FAMILIES)}"
+            )
+        if name == "FluxPipeline" and not self.config("transformer/config.json").get("guidance_embeds"):
+            return FLUX_SCHNELL
+        return FAMILIES[name]
+
+    @cached_property
+    def scheduler(self) -> dict[str, Any]:
+        return self.config("scheduler/scheduler_config.json")
+
+    @property
+    def defaults(self) -> Defaults:
+        """The folder's own (`darkroom.json`), else the published ones of its family."""
+        published = self._distilled or self.family.defaults
+        if not (self.path / DEFAULTS_FILE).exists():
+            return published
+        try:
+            return Defaults(**{**vars(published), **self.config(DEFAULTS_FILE)})
+        except TypeError as error:
+            raise EngineError(
+                f"{self.path / DEFAULTS_FILE}: {error}; it may hold steps, guidance and sampler, nothing else"
+            ) from error
+
+    @property
+    def _distilled(self) -> Defaults | None:
+        """SD Turbo, SDXL Turbo and SDXL Lightning ship an Euler sampler with trailing spacing; no other published model does."""
+        euler = {"EulerDiscreteScheduler": "euler", "EulerAncestralDiscreteScheduler": "euler_a"}
+        config = self.scheduler
+        trailing = config.get("timestep_spacing") == "trailing"
+        if trailing and config["_class_name"] in euler and config.get("prediction_type", "epsilon") == "epsilon":
+            return Defaults(4, 0.0, euler[config["_class_name"]])
+        return None
+
+    @property
+    def _vae_factor(self) -> int:
+        """Pixels a latent cell is wide: each level of the VAE but the last halves the image."""
+        return 2 ** (len(self.config("vae/config.json")["block_out_channels"]) - 1)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The (width, height) the model was trained for, in pixels."""
+        if "unet" in self.index:
+            cells = self.config("unet/config.json")["sample_size"]
+        else:  # Flux has none written down; its pipeline takes 128
+            cells = self.config("transformer/config.json").get("sample_size", 128)
+        height, width = (cells, cells) if isinstance(cells, int) else cells
+        return width * self._vae_factor, height * self._vae_factor
+
+    @cached_property
+    def multiple(self) -> int:
+        """What width and height must be multiples of, in pixels."""
+        if "unet" in self.index:
+            return 8  # the pipelines ask for it, whatever the VAE's factor
+        if self.index["_class_name"] == "FluxPipeline":
+            return 2 * self._vae_factor  # latents are packed two by two
+        return self.config("transformer/config.json")["patch_size"] * self._vae_factor
+
+    def files(self) -> list[Path]:
+        """The files that loading the pipeline reads: its configurations, tokenizers and weights."""
+        found = [self.path / "model_index.json"]
+        for component in self.components:
+            everything = sorted(file for file in (self.path / component).rglob("*") if file.is_file())
+            found += [file for file in everything if file.suffix in TEXT_SUFFIXES]
+            # A second dot marks a variant (`model.fp16.safetensors`), which is only loaded on request.
+            weights = [file for file in everything if file.name.count(".") == 1]
+            safe = [file for file in weights if file.suffix == ".safetensors"]
+            found += safe or [file for file in weights if file.suffix == ".bin"]
+        return found
+
+
+def locate(model: str) -> Path:
+    """The folder of a model: a local folder as given, else a model hub's name, from the local cache or downloaded.
+
+    Raises EngineError: neither is there, or the folder is not a diffusers pipeline of a known family.
+    """
+    folder = Path(model).expanduser()
+    path = folder if folder.is_dir() else _from_hub(model)
+    _ = ModelFolder(path).family
+    return path
+
+
+@lru_cache  # a process keeps to the revision it found first, and asks the network once
+def _from_hub(model: str) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        index = ModelFolder(Path(hf_hub_download(model, "model_index.json")).parent)
+        # Hubs keep single-file copies of the same weights beside the components: ask for these by name only.
+        suffixes = (*(f"*{suffix}" for suffix in TEXT_SUFFIXES), "*.safetensors")
+        wanted = [f"{component}/{suffix}" for component in index.components for suffix in suffixes]
+        return Path(snapshot_download(model, allow_patterns=["model_index.json", DEFAULTS_FILE, *wanted]))
+    except (HFValidationError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EngineError(
+            f"model '{model}': there is no folder {Path(model).absolute()}, and the model hub has no such model or "
+            f"cannot be reached ({reason}). Give the path of a diffusers folder, or check the name and the network; "
+            "gated models need `hf auth login`, and with HF_HUB_OFFLINE=1 only downloaded models are looked for"
+        ) from error
+
+
+def model_digest(folder: Path) -> str:
+    """The id of a model's weights: 32 hexadecimal digits over the names and the sha256 of the files a pipeline loads."""
+    files = ModelFolder(folder).files()
+    return digest(sorted([file.relative_to(folder).as_posix(), _sha256_of(file)] for file in files))
+
+
+def _sha256_of(file: Path) -> str:
+    stat = file.stat()
+    return _sha256_unless_changed(file.resolve(), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _sha256_unless_changed(file: Path, size: int, mtime_ns: int) -> str:
+    return sha256_file(file)
+
+
+def default_recipe(
+    model: str,
+    sampler: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    dtype: str = "auto",
+) -> Recipe:
+    """The recipe for a model, with its own defaults for what is not given; `width` and `height` in pixels.
+
+    Raises EngineError: the model is not there, or it cannot be sampled with that sampler or at that size.
+    """
+    folder = ModelFolder(locate(model))
+    own, (own_width, own_height) = folder.defaults, folder.size
+    recipe = Recipe(
+        model=model,
+        model_digest=model_digest(folder.path),
+        sampler=own.sampler if sampler is None else sampler,
+        steps=own.steps if steps is None else steps,
+        guidance=float(own.guidance if guidance is None else guidance),
+        width=own_width if width is None else width,
+        height=own_height if height is None else height,
+        dtype=resolve_dtype(dtype),
+    )
+    check_recipe(recipe, folder)
+    return recipe
+
+
+def check_recipe(recipe: Recipe, folder: ModelFolder) -> None:
+    """Raises EngineError where the model cannot do what the recipe asks for."""
+    check_sampler(recipe.sampler, folder.scheduler, recipe.model)
+    if recipe.width % folder.multiple or recipe.height % folder.multiple:
+        raise EngineError(
+            f"model '{recipe.model}' cannot make images of {recipe.width}×{recipe.height} pixels: width and height "
+            f"must be multiples of {folder.multiple}"
+        )
+
+
+def resolve_dtype(dtype: str) -> str:
+    """`auto` becomes bfloat16 where torch will find a CUDA device, else float32; anything else stays."""
+    if dtype != "auto":
+        return dtype
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    device = any(Path("/dev").glob("nvidia[0-9]*"))
+    return "bfloat16" if device and not hidden and not version("torch").endswith("+cpu") else "float32"
+
+
+def token_limits(model: str) -> list[TokenLimit]:
+    """How many tokens each text encoder of the model reads, and how many a prompt has for it."""
+    folder = ModelFolder(locate(model))
+    limits = []
+    for name in (component for component in folder.components if component.startswith("tokenizer")):
+        t5 = folder.index[name][1].startswith("T5")
+        limit = (
+            folder.family.max_t5_tokens if t5 else folder.config(f"{name}/tokenizer_config.json")["model_max_length"]
+        )
+        encoder = name.replace("tokenizer", "text encoder").replace("_", " ")
+        limits.append(TokenLimit(f"{encoder} of {Path(model).name}", limit, _token_counter(folder.path / name)))
+    return limits
+
+
+def _token_counter(folder: Path) -> Callable[[Sequence[str]], list[int]]:
+    if not (folder / "tokenizer.json").exists():
+        return _slow_token_counter(folder)
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return lambda prompts: [len(encoding) for encoding in tokenizer.encode_batch_fast(list(prompts))]
+
+
+def _slow_token_counter(folder: Path) -> Callable[[Sequence[str]], list[int]]:
+    """For older folders, which have their vocabulary in other files: transformers knows them all, but loads slowly."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return lambda prompts: [len(ids) for ids in tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]]

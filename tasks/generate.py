@@ -1,0 +1,210 @@
+"""Making the images of a shard, batch by batch, so that killing it costs at most the batch in flight.
+
+Each batch becomes one part file; the shard's index, written last, makes them visible. Whatever parts a killed process left
+are taken as they are, so starting the same work again goes on where it stopped.
+"""
+
+import io
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks import tables
+from tasks.engines import Engine, Order, Recipe
+from tasks.errors import DarkroomError
+from tasks.identity import sha256
+from tasks.references import ShardMade, ShardRef
+from tasks.store import Missing, Store, images, layout, shards
+from tasks.store.objects import parquet_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Row = dict[str, Any]
+
+# Of an image in [0, 255]. A night scene has some light in it, and a plain wall some texture: what lies below these failed.
+BLACK_MAX = 8  # the brightest value of all
+CONSTANT_STD = 1.0  # the largest standard deviation of the three channels
+ERROR_LENGTH = 300
+
+
+def generate_shard(
+    store: Store,
+    run: str,
+    shard: ShardRef,
+    open_engine: Callable[[], Engine],
+    batch_size: int,
+    image_format: str = "png",
+    progress: Callable[[int], None] | None = None,
+) -> ShardMade:
+    """Make what the store lacks of a shard; a finished shard is only looked at, and the engine then never opened.
+
+    `progress` is told the number of candidates done, batch by batch. A candidate the engine fails on becomes a row with an
+    `error` and no image, and the shard goes on. Raises EngineError (the engine as a whole fails), Missing, CorruptObject.
+    """
+    started = time.monotonic()
+    progress = progress or (lambda done: None)
+    orders = store.read_table(shard.orders).to_pylist()
+    index_key = layout.shard_index(shard.recipe_id, shard.shard)
+    made: list[str] = []
+    if store.exists(index_key):
+        progress(len(orders))
+    elif shard.reused:
+        raise Missing(f"{store.uri(index_key)} was there when the run was planned, and now is not: start the run anew")
+    else:
+        work = _Work(store, run, shard, batch_size, image_format)
+        rows, made = work.finish(orders, open_engine, progress)
+        # Where another process finished the same shard a moment ago, its index stays; ours said the same.
+        store.create(index_key, parquet_bytes(tables.SHARD_INDEX.conform(rows)))
+    return _summary(store, shard, [order["candidate_id"] for order in orders], made, time.monotonic() - started)
+
+
+def _summary(store: Store, shard: ShardRef, wanted: list[str], made: list[str], seconds: float) -> ShardMade:
+    index = shards.read_index(store, shard.recipe_id, shard.shard).filter(pl.col("candidate_id").is_in(wanted))
+    images_made = index.filter(pl.col("error").is_null() & pl.col("candidate_id").is_in(made)).height
+    errors = index.filter(pl.col("error").is_not_null()).height
+    return ShardMade(
+        shard,
+        made=images_made,
+        found=index.height - errors - images_made,
+        errors=errors,
+        degenerate=index.filter(pl.col("degenerate").is_not_null()).height,
+        seconds=seconds,
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One shard in the making."""
+
+    store: Store
+    run: str
+    shard: ShardRef
+    batch_size: int
+    image_format: str
+
+    def finish(
+        self, orders: list[Row], open_engine: Callable[[], Engine], progress: Callable[[int], None]
+    ) -> tuple[list[Row], list[str]]:
+        """The rows of the shard's index, and the ids of the candidates whose parts were made now."""
+        batches = [orders[start : start + self.batch_size] for start in range(0, len(orders), self.batch_size)]
+        parts = {number: self._read_part(number, batch) for number, batch in enumerate(batches)}
+        missing = [number for number, rows in parts.items() if rows is None]
+        progress(sum(len(rows) for rows in parts.values() if rows))
+        if missing:
+            engine, recipe = open_engine(), self._recipe()
+            engine.prepare(sorted({(o["prompt"], o["negative_prompt"]) for n in missing for o in batches[n]}))
+            for number in missing:
+                parts[number] = self._make_part(number, batches[number], engine, recipe)
+                progress(len(batches[number]))
+        index = [row for rows in parts.values() for row in rows or []]
+        return index, [order["candidate_id"] for number in missing for order in batches[number]]
+
+    def _recipe(self) -> Recipe:
+        return Recipe(**json.loads(self.store.read(layout.recipe(self.shard.recipe_id))))
+
+    # --- parts -------------------------------------------------------------------------------------------------------
+
+    def _key(self, number: int) -> str:
+        return layout.part(self.shard.recipe_id, self.shard.shard, number)
+
+    def _read_part(self, number: int, batch: Sequence[Row]) -> list[Row] | None:
+        """The index rows of a part that is there, whole, and holds exactly this batch; else None."""
+        try:
+            data = self.store.read(self._key(number))
+            table = pq.read_table(io.BytesIO(data)).drop_columns("image")
+        except (Missing, pa.ArrowException, OSError, KeyError):
+            return None
+        if table["candidate_id"].to_pylist() != [order["candidate_id"] for order in batch]:
+            return None  # cut with another batch size
+        return self._index_rows(number, table, sha256(data))
+
+    def _make_part(self, number: int, batch: Sequence[Row], engine: Engine, recipe: Recipe) -> list[Row]:
+        rows = self._make(batch, engine, recipe)
+        table = tables.CANDIDATES.conform(rows)
+        data = parquet_bytes(table, use_dictionary=False, write_statistics=False)  # few rows, all different
+        if not self.store.create(self._key(number), data):
+            # Torn, or cut with another batch size, or made by another process since: only that one is to be kept.
+            if there := self._read_part(number, batch):
+                return there
+            self.store.write(self._key(number), data)
+        return self._index_rows(number, table.drop_columns("image"), sha256(data))
+
+    def _index_rows(self, number: int, facts: pa.Table, part_sha256: str) -> list[Row]:
+        return [{**row, "part": self._key(number), "part_sha256": part_sha256} for row in facts.to_pylist()]
+
+    # --- images ------------------------------------------------------------------------------------------------------
+
+    def _make(self, batch: Sequence[Row], engine: Engine, recipe: Recipe) -> list[Row]:
+        """Rows of tables.CANDIDATES. Where the batch fails, each candidate is tried alone, and only the guilty ones fail."""
+        try:
+            made = engine.generate([_order(row) for row in batch], recipe)
+        except (DarkroomError, MemoryError):
+            raise
+        except Exception as error:
+            if len(batch) == 1:
+                return [self._failed(batch[0], recipe, error)]
+            return [row for order in batch for row in self._make([order], engine, recipe)]
+        return [
+            self._row(order, recipe, pixels, bool(finite))
+            for order, pixels, finite in zip(batch, made.pixels, made.finite, strict=True)
+        ]
+
+    def _row(self, order: Row, recipe: Recipe, pixels: "np.ndarray", finite: bool) -> Row:
+        height, width, _ = pixels.shape
+        facts = images.Facts(
+            candidate_id=order["candidate_id"],
+            recipe_id=order["recipe_id"],
+            prompt=order["prompt"],
+            negative_prompt=order["negative_prompt"],
+            seed=order["seed"],
+            sampler=recipe.sampler,
+            steps=recipe.steps,
+            guidance=recipe.guidance,
+            width=width,
+            height=height,
+            model=recipe.model,
+            model_digest=recipe.model_digest,
+        )
+        return {
+            **self._facts(order, width, height),
+            "pixel_hash": images.pixel_hash(pixels),
+            "degenerate": why_degenerate(pixels, finite),
+            "error": None,
+            "image": {"bytes": images.encode(pixels, facts, self.image_format), "path": None},
+        }
+
+    def _failed(self, order: Row, recipe: Recipe, error: Exception) -> Row:
+        first_line = (str(error).splitlines() or [""])[0]
+        return {
+            **self._facts(order, recipe.width, recipe.height),
+            "pixel_hash": None,
+            "degenerate": None,
+            "error": f"{type(error).__name__}: {first_line}"[:ERROR_LENGTH],
+            "image": None,
+        }
+
+    def _facts(self, order: Row, width: int, height: int) -> Row:
+        return {**order, "width": width, "height": height, "run": self.run, "made_at": datetime.now(UTC)}
+
+
+def why_degenerate(pixels: "np.ndarray", finite: bool) -> str | None:
+    """Why an image uint8 [h, w, 3] is of no use (nonfinite, black, constant), or None. `finite`: as the engine saw it."""
+    if not finite:
+        return "nonfinite"
+    if pixels.max() < BLACK_MAX:
+        return "black"
+    if pixels.std(axis=(0, 1), dtype="float32").max() < CONSTANT_STD:
+        return "constant"
+    return None
+
+
+def _order(row: Row) -> Order:
+    return Order(row["prompt"], row["negative_prompt"], row["seed"])

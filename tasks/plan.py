@@ -1,0 +1,241 @@
+"""From a manifest to work orders: which candidates a run wants, and which of them are in the store already.
+
+New candidates are cut into shards of one recipe each, in the order of the manifest, a prompt's candidates together. Candidates
+that any run has made before are wanted from the shards they lie in (`ShardRef.reused`). The work is done in slices: only the
+manifest and three numbers a candidate found in the store are held in memory throughout.
+"""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from itertools import chain
+from typing import Any
+
+import polars as pl
+
+from tasks import identity, tables
+from tasks.engines import Recipe
+from tasks.errors import DarkroomError
+from tasks.references import ManifestRef, PlanRef, ShardRef
+from tasks.store import Store, layout
+
+OVERRIDES = ("width", "height", "steps", "guidance", "sampler")  # a manifest's columns that change the recipe
+SLICE = 250_000  # candidates worked on at once
+THREADS = 16  # objects read or written at once: a remote store takes tens of milliseconds for each
+KEY_DIGITS = 12  # of the content's digest, in the name of an orders file
+
+
+class PlanConflict(DarkroomError):
+    """The run has a committed plan, but for something else than what is asked now."""
+
+
+def plan(
+    store: Store,
+    manifest: ManifestRef,
+    run: str,
+    defaults: Recipe,
+    n_candidates: int,
+    *,
+    shard_size: int,
+    batch_size: int,
+    round: int = 0,
+    edition: str = "",
+) -> PlanRef:
+    """Plan a round of a run; if it is planned already, return that plan.
+
+    `defaults` and `n_candidates` hold where a prompt has no value of its own; `shard_size` is rounded up to whole batches.
+    With edition "" a prompt's candidates count from 0, and those that exist are reused. With any other they go on from the
+    highest index that a finished shard holds of the same prompt and recipe, so that all are new.
+
+    Raises PlanConflict, Missing (no such manifest), CorruptObject (a shard's index in the store is damaged).
+    """
+    commit = layout.plan(run, round)
+    asked = {
+        "manifest": manifest.sha256,
+        "recipe": defaults.recipe_id,
+        "candidates": n_candidates,
+        "edition": edition,
+    }
+    if not store.exists(commit):
+        size = -(-shard_size // batch_size) * batch_size
+        shards: list[ShardRef] = []
+        for recipe, prompts in _by_recipe(_read_prompts(store, manifest, n_candidates), defaults):
+            _describe(store, recipe)
+            found = _find_made(store, recipe.recipe_id, prompts)
+            if edition:
+                prompts, found = _after(prompts, found), found.clear()
+            for block in chain(_reused(prompts, found), _new(prompts, found, size)):
+                shards += _write_orders(store, run, round, len(shards), recipe.recipe_id, block)
+        planned = {**asdict(PlanRef(run, round, tuple(shards))), "asked": asked}
+        store.create(commit, json.dumps(planned, indent=1).encode())
+    # What is committed counts: where another process planned this round in the meantime, its plan is the plan.
+    committed = json.loads(store.read(commit))
+    if committed["asked"] != asked:
+        raise PlanConflict(
+            f"run '{run}', round {round}, is planned for {committed['asked']}, but now asked for {asked}: start it under "
+            "another run name"
+        )
+    return _plan_ref(committed)
+
+
+def load_plan(store: Store, run: str, round: int = 0) -> PlanRef:
+    """The committed plan of a round. Raises Missing."""
+    return _plan_ref(json.loads(store.read(layout.plan(run, round))))
+
+
+def _plan_ref(committed: dict[str, Any]) -> PlanRef:
+    return PlanRef(committed["run"], committed["round"], tuple(ShardRef(**shard) for shard in committed["shards"]))
+
+
+# --- what is wanted --------------------------------------------------------------------------------------------------
+
+
+def _read_prompts(store: Store, manifest: ManifestRef, n_candidates: int) -> pl.DataFrame:
+    """`number` (place in the manifest), prompt, OVERRIDES, and the candidates wanted: `n` of them from index `first`."""
+    columns = ["prompt_id", "prompt", "negative_prompt", *OVERRIDES, "n_candidates"]
+    prompts = pl.from_arrow(store.read_table(layout.manifest(manifest.sha256), columns))
+    assert isinstance(prompts, pl.DataFrame)
+    return prompts.with_row_index("number").with_columns(
+        n=pl.col("n_candidates").fill_null(n_candidates), first=pl.lit(0, pl.Int32)
+    )
+
+
+def _by_recipe(prompts: pl.DataFrame, defaults: Recipe) -> Iterator[tuple[Recipe, pl.DataFrame]]:
+    """The recipes of the manifest, each with its prompts, in order of appearance."""
+    settings = prompts.select(OVERRIDES).unique(maintain_order=True)
+    recipes = [
+        replace(defaults, **{name: value for name, value in row.items() if value is not None})
+        for row in settings.iter_rows(named=True)
+    ]
+    by_id = {recipe.recipe_id: recipe for recipe in recipes}
+    settings = settings.with_columns(recipe_id=pl.Series([recipe.recipe_id for recipe in recipes]))
+    named = prompts.join(settings, on=OVERRIDES, nulls_equal=True, maintain_order="left").drop(*OVERRIDES)
+    for group in named.partition_by("recipe_id", maintain_order=True):
+        yield by_id[group["recipe_id"][0]], group
+
+
+def _describe(store: Store, recipe: Recipe) -> None:
+    """Put recipe.json: the recipe, with the name the first run to use it had for the model."""
+    store.create(layout.recipe(recipe.recipe_id), json.dumps(asdict(recipe), indent=1, ensure_ascii=False).encode())
+
+
+def _expand(prompts: pl.DataFrame) -> Iterator[pl.DataFrame]:
+    """A row a candidate (`number`, prompt, `index`), in slices of whole prompts."""
+    slices = prompts.with_columns(slice=(pl.col("n").cast(pl.Int64).cum_sum() - pl.col("n")) // SLICE)
+    for part in slices.partition_by("slice", maintain_order=True):
+        yield part.select(
+            "number",
+            "prompt_id",
+            "prompt",
+            "negative_prompt",
+            index=pl.int_ranges("first", pl.col("first") + pl.col("n"), dtype=pl.Int32),
+        ).explode("index")
+
+
+# --- what exists -----------------------------------------------------------------------------------------------------
+
+
+def _find_made(store: Store, recipe_id: str, prompts: pl.DataFrame) -> pl.DataFrame:
+    """The candidates of these prompts that finished shards hold (`number`, `index`, `shard`), sorted by number and index.
+
+    What two runs made at the same time counts as the first shard's. A candidate whose making failed counts, too: the error
+    is its result.
+    """
+    listed = ((layout.shard_of(key), key) for key in store.list(layout.shards(recipe_id)))
+    finished = [shard for shard, key in listed if key == layout.shard_index(recipe_id, shard)]
+    numbers = prompts.select("prompt_id", "number")
+    made = [pl.DataFrame(schema={"index": pl.Int32, "shard": pl.Categorical, "number": pl.UInt32})]
+    with ThreadPoolExecutor(THREADS) as threads:
+        for start in range(0, len(finished), 256):
+            indexes = threads.map(lambda shard: _read_index(store, recipe_id, shard), finished[start : start + 256])
+            made.append(pl.concat(indexes).join(numbers, on="prompt_id").drop("prompt_id"))
+    return (
+        pl.concat(made)
+        .sort("number", "index", pl.col("shard").cast(pl.String))
+        .unique(["number", "index"], keep="first", maintain_order=True)
+    )
+
+
+def _read_index(store: Store, recipe_id: str, shard: str) -> pl.DataFrame:
+    index = pl.from_arrow(store.read_table(layout.shard_index(recipe_id, shard), ["prompt_id", "index"]))
+    assert isinstance(index, pl.DataFrame)
+    return index.with_columns(shard=pl.lit(shard, pl.Categorical))
+
+
+def _after(prompts: pl.DataFrame, found: pl.DataFrame) -> pl.DataFrame:
+    """The prompts, wanting candidates from behind the last one found."""
+    behind = found.group_by("number").agg(behind=pl.col("index").max() + 1)
+    return prompts.join(behind, on="number", how="left", maintain_order="left").with_columns(
+        first=pl.col("behind").fill_null(0)
+    )
+
+
+# --- blocks of orders ------------------------------------------------------------------------------------------------
+# A block is a slice of the wanted candidates: `prompt_id`, prompt, `index`, and `cut`, which is equal within a shard. A block
+# holds whole shards. `shard` names the shard they were found in.
+
+
+def _new(prompts: pl.DataFrame, found: pl.DataFrame, size: int) -> Iterator[pl.DataFrame]:
+    """Blocks of the candidates that are not found, cut into shards of `size`."""
+    rest = pl.DataFrame()
+    for wanted in _expand(prompts):
+        near = found.filter(pl.col("number").is_between(wanted["number"][0], wanted["number"][-1]))
+        missing = wanted.join(near, on=["number", "index"], how="anti", maintain_order="left")
+        rows = pl.concat([rest, missing]) if len(rest) else missing
+        whole = len(rows) // size * size
+        if whole:
+            yield _cut(rows.head(whole), size)
+        rest = rows.slice(whole)
+    if len(rest):
+        yield _cut(rest, size)
+
+
+def _cut(rows: pl.DataFrame, size: int) -> pl.DataFrame:
+    return rows.with_columns(cut=pl.int_range(pl.len()) // size, shard=pl.lit(None, pl.String))
+
+
+def _reused(prompts: pl.DataFrame, found: pl.DataFrame) -> Iterator[pl.DataFrame]:
+    """Blocks of the candidates that are wanted and found, by the shard that holds them."""
+    wanted = (
+        found.join(prompts.select("number", "first", "n"), on="number")
+        .filter(pl.col("index") >= pl.col("first"), pl.col("index") < pl.col("first") + pl.col("n"))
+        .with_columns(pl.col("shard").cast(pl.String))
+        .sort("shard", "number", "index")
+        .with_columns(cut=pl.col("shard").rle_id())
+        .with_columns(slice=(pl.int_range(pl.len()) // SLICE).first().over("cut"))
+    )
+    texts = prompts.select("number", "prompt_id", "prompt", "negative_prompt")
+    for part in wanted.partition_by("slice", maintain_order=True):
+        yield part.join(texts, on="number", maintain_order="left")
+
+
+def _write_orders(
+    store: Store, run: str, round: int, number: int, recipe_id: str, block: pl.DataFrame
+) -> list[ShardRef]:
+    """Write a block's orders, one table a shard, the first of them with this number.
+
+    A file is named by its content as well as its number: while a round is planned twice at once, and the store changes in
+    between, each plan still finds the orders it was committed with.
+    """
+    named = (
+        block.with_columns(recipe_id=pl.lit(recipe_id))
+        .with_columns(candidate_id=identity.candidate_id(pl.col("prompt_id"), pl.col("recipe_id"), pl.col("index")))
+        .with_columns(seed=identity.seed(pl.col("candidate_id")))
+    )
+    cuts = (
+        named.group_by("cut", maintain_order=True)
+        .agg(pl.col("candidate_id").str.join(), pl.col("shard").first(), candidates=pl.len())
+        .with_columns(content=identity.blake3(pl.col("candidate_id")))
+        .select("content", "shard", "candidates", start=pl.col("candidates").cum_sum() - pl.col("candidates"))
+    )
+    orders = tables.ORDERS.conform(named.select(tables.ORDERS.names))
+
+    def write(cut: tuple[int, tuple[str, str | None, int, int]]) -> ShardRef:
+        place, (content, shard, candidates, start) = cut
+        key = layout.orders(run, round, number + place, content[:KEY_DIGITS])
+        store.write_table(key, orders.slice(start, candidates))
+        return ShardRef(recipe_id, shard or content, key, candidates, reused=shard is not None)
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        return list(threads.map(write, enumerate(cuts.iter_rows())))

@@ -1,0 +1,206 @@
+"""The page a person opens after a run: `runs/<run>/report.html`, one file that needs no network.
+
+Prompts are other people's text: everything is escaped unless said otherwise, and the page's content security policy lets no
+script run but its own. However large the run, a few hundred images are embedded, and the page says which.
+"""
+
+import base64
+import hashlib
+import json
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.resources import files
+from typing import Any
+
+import polars as pl
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from tasks.references import ManifestRef, PlanRef, ReleaseRef, Selection
+from tasks.report import figures, showcase
+from tasks.runs import load_run
+from tasks.select import Policy
+from tasks.store import Store, layout
+from tasks.store.objects import public
+from tasks.tables import VERDICTS
+
+LIMIT = 400  # embedded images
+MAX_ROWS = 100  # of each table
+MAX_TEXT = 2_000  # characters of a prompt or an error text
+
+
+def write_report(
+    store: Store,
+    selection: Selection,
+    plan: PlanRef,
+    manifest: ManifestRef,
+    *,
+    name: str,
+    policy: Policy,
+    release: ReleaseRef | None = None,
+    facts: Mapping[str, Mapping[str, Any]] | None = None,
+    limit: int = LIMIT,
+) -> str:
+    """Write the run's report and return its key.
+
+    `name` is the dataset's; `facts` are further things worth knowing, as title → name → value (say, "Timings, seconds");
+    at most `limit` images are embedded. Raises Missing, CorruptObject.
+    """
+    ledger = showcase.read_ledger(store, selection)
+    strips = showcase.extremes(ledger)
+    first = [candidate_id for ids in strips.values() for candidate_id in ids]
+    shown = showcase.with_facts(store, plan, showcase.choose(ledger, limit, first))
+    trace = f"darkroom trace {{}} --store {shlex.quote(public(store.url))}"
+    cards = _cards(store, shown, trace)
+    script = _asset("report.js")
+    page = _environment().get_template("report.html.j2").render(
+        name=name,
+        selection=selection,
+        release=release,
+        manifest=manifest,
+        policy=policy,
+        run=(run := load_run(store, selection.run)),
+        started=datetime.fromisoformat(run["started"]),
+        facts=facts or {},
+        total=ledger.height,
+        asked=float(policy.rate),
+        verdicts=VERDICTS,
+        histogram=figures.histogram(ledger, (policy.floor,) if policy.floor > -1 else ()),
+        strata=figures.strata(ledger),
+        n_prompts=ledger["prompt_id"].n_unique(),
+        per_prompt=figures.per_prompt(ledger),
+        starved=_texts(store, manifest, selection.starved[:MAX_ROWS]),
+        strips={title: [card for id in ids for card in cards if card.id == id] for title, ids in strips.items()},
+        cards=cards,
+        recipes=_recipes(store, plan),
+        scorers=_scorers(store, ledger),
+        trace=trace,
+        figures=figures,
+        max_rows=MAX_ROWS,
+        style=Markup(_asset("report.css")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )  # fmt: skip
+    key = layout.report(selection.run)
+    store.write(key, page.encode())
+    return key
+
+
+@dataclass(frozen=True)
+class Card:
+    """One image of the grid: what shows at once, and the facts that show when it is opened."""
+
+    id: str
+    prompt: str
+    stratum: str
+    score: float | None
+    verdict: str
+    reason: str
+    image: showcase.Thumbnail | None
+    facts: dict[str, str]
+    trace: str  # command
+
+
+def _cards(store: Store, shown: pl.DataFrame, trace: str) -> list[Card]:
+    images = showcase.thumbnails(store, shown)
+    return [_card(row, images.get(row["candidate_id"]), trace) for row in shown.iter_rows(named=True)]
+
+
+def _card(row: dict[str, Any], image: showcase.Thumbnail | None, trace: str) -> Card:
+    reason = figures.REASONS.get(row["reason"], row["reason"])
+    size = f"{row['width']} × {row['height']} px"
+    if image is not None and image.width < row["width"]:
+        size += f", shown at {image.width} × {image.height}"
+    facts = {
+        "Negative prompt": _clip(row["negative_prompt"]),
+        "Stratum": row["stratum"],
+        "Cosine": "" if row["score"] is None else f"{row['score']:.6f}".replace("-", "−"),
+        "Rank": "" if row["rank_score"] is None else f"{row['rank_score']:,}".replace("-", "−"),
+        "Size": size,
+        "Seed": f"{row['seed']} (candidate {row['index']} of its prompt, from 0)",
+        "Made": f"{row['made_at']:%Y-%m-%d %H:%M:%S} UTC by run {row['run']}",
+        "Candidate": row["candidate_id"],
+        "Prompt": row["prompt_id"],
+        "Recipe": row["recipe_id"],
+        "Pixels": row["pixel_hash"] or "",
+        "File": row["part"],
+    }
+    return Card(
+        id=row["candidate_id"],
+        prompt=_clip(row["prompt"]),
+        stratum=row["stratum"],
+        score=row["score"],
+        verdict=row["verdict"],
+        reason=_clip(reason),
+        image=image,
+        facts={name: value for name, value in facts.items() if value},
+        trace=trace.format(row["candidate_id"]),
+    )
+
+
+def _texts(store: Store, manifest: ManifestRef, ids: tuple[str, ...]) -> list[str]:
+    """The prompts with these ids."""
+    if not ids:
+        return []
+    table = store.read_table(layout.manifest(manifest.sha256), columns=["prompt_id", "prompt"])
+    texts = dict(zip(table["prompt_id"].to_pylist(), table["prompt"].to_pylist(), strict=True))
+    return [_clip(texts[prompt_id], 300) for prompt_id in ids]
+
+
+def _recipes(store: Store, plan: PlanRef) -> list[tuple[str, int, dict[str, Any]]]:
+    """Id, number of candidates and content of the recipes, most used first, MAX_ROWS at most."""
+    candidates: Counter[str] = Counter()
+    for shard in plan.shards:
+        candidates[shard.recipe_id] += shard.candidates
+    return [
+        (recipe_id, count, json.loads(store.read(layout.recipe(recipe_id))))
+        for recipe_id, count in candidates.most_common(MAX_ROWS)
+    ]
+
+
+def _scorers(store: Store, ledger: pl.DataFrame) -> list[tuple[str, dict[str, Any]]]:
+    """Fingerprint and plain facts of the scorers that judged."""
+    found = []
+    for fingerprint in ledger["scorer"].unique().sort():
+        facts = json.loads(store.read(layout.scorer(fingerprint)))
+        found.append((fingerprint, {k: v for k, v in facts.items() if isinstance(v, str | int | float)}))
+    return found
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("tasks"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # facts keep their order
+    environment.filters |= {"percent": figures.percent, "cosine": figures.cosine, "value": _value}
+    return environment
+
+
+def _asset(name: str) -> str:
+    return files("tasks").joinpath("templates", name).read_text("utf-8")
+
+
+def _clip(text: str, length: int = MAX_TEXT) -> str:
+    return text if len(text) <= length else f"{text[:length]}… ({len(text):,} characters)"
+
+
+def _value(value: Any) -> str:
+    """Any fact as a person would write it."""
+    if value is None or value == "":
+        return "—"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_value(entry)}" for name, entry in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_value(entry) for entry in value) or "—"
+    return str(value)

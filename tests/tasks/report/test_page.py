@@ -1,0 +1,224 @@
+"""The report, as a browser shows it."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import polars as pl
+import pytest
+
+from tasks import tables
+from tasks.references import ReleaseRef
+from tasks.report import page, write_report
+from tasks.store import Store, layout
+from tasks.store.shards import read_index
+from tests.synthetic_run import SyntheticRun, synthetic_run
+
+HOSTILE = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"
+
+
+class Cards(HTMLParser):
+    """The images of a page in their order, as attributes of the cards; the texts of some elements, by id or class."""
+
+    def __init__(self, dom: str):
+        super().__init__()
+        self.cards: list[dict[str, str | None]] = []
+        self.title = ""
+        self._in: str | None = None
+        self.output = ""
+        self.feed(dom)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = dict(attrs)
+        if tag == "li" and "data-verdict" in attributes:
+            self.cards.append(attributes)
+        self._in = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in = None
+
+    def handle_data(self, data: str) -> None:
+        if self._in == "title" and not self.title:
+            self.title = data
+        if self._in == "output":
+            self.output += data
+
+    @property
+    def shown(self) -> list[dict[str, str | None]]:
+        return [card for card in self.cards if "hidden" not in card]
+
+
+def report(run: SyntheticRun, **changes) -> str:
+    key = write_report(run.store, run.selection, run.plan, run.manifest, name="shapes", policy=run.policy, **changes)
+    assert key == layout.report(run.run)
+    return run.store.read(key).decode()
+
+
+def url(run: SyntheticRun) -> str:
+    return run.store.uri(layout.report(run.run))
+
+
+def with_prompts(run: SyntheticRun, texts: dict[int, str]) -> None:
+    """Rewrite the prompts of some candidates (by their number in the run) where the report reads them."""
+    number = 0
+    for shard in run.plan.shards:
+        index = read_index(run.store, shard.recipe_id, shard.shard)
+        prompts = [texts.get(number + offset, prompt) for offset, prompt in enumerate(index["prompt"])]
+        number += index.height
+        rows = index.with_columns(pl.Series("prompt", prompts))
+        run.store.write_table(layout.shard_index(shard.recipe_id, shard.shard), tables.SHARD_INDEX.conform(rows))
+
+
+def with_verdict(run: SyntheticRun, verdict: str) -> SyntheticRun:
+    """The run as if every candidate had got that verdict, and no score."""
+    rows = pl.from_arrow(run.store.read_table(run.selection.ledger))
+    assert isinstance(rows, pl.DataFrame)
+    rows = rows.with_columns(verdict=pl.lit(verdict), reason=pl.lit("budget"), score=pl.lit(None, pl.Float32))
+    run.store.write_table(run.selection.ledger, tables.LEDGER.conform(rows))
+    rate = 1.0 if verdict == "rejected" else None
+    reasons = {f"{verdict}: budget": rows.height}
+    counts = dict.fromkeys(tables.VERDICTS, 0) | {verdict: rows.height}
+    selection = replace(run.selection, counts=counts, reasons=reasons, rejection_rate=rate, threshold=None)
+    return replace(run, selection=selection)
+
+
+def test_the_headline_says_what_came_out(finished):
+    release = ReleaseRef("shapes", 7, finished.selection.counts["accepted"], ())
+    html = report(finished, release=release, facts={"Timings, seconds": {"generate": 12.345}})
+    assert "23 of 60 candidates accepted (59.6\u202f% rejected)." in html
+    assert "version 7" in html and "12 prompts in 3 strata" in html and "12.35" in html
+    assert finished.scorer in html and finished.recipe.model_digest in html and finished.manifest.sha256 in html
+
+
+def test_every_candidate_is_there_with_its_verdict_and_score(finished):
+    cards = Cards(report(finished)).cards
+    ledger = finished.store.read_table(finished.selection.ledger).to_pylist()
+    expected = {(row["candidate_id"], row["verdict"], row["score"]) for row in ledger}
+    assert expected == {
+        (card["id"], card["data-verdict"], float(card["data-score"]) if card["data-score"] else None) for card in cards
+    }
+
+
+def test_nothing_is_loaded_from_anywhere(finished):
+    html = report(finished)
+    assert set(re.findall(r"""(?:src|href)=["']?(?!data:|#)([^"' >]+)""", html)) == set()
+    assert "default-src 'none'" in html and "@import" not in html and "url(" not in html
+
+
+def test_the_same_run_gives_the_same_bytes(finished):
+    assert report(finished) == report(finished)
+
+
+@pytest.mark.parametrize(
+    ("fragment", "matches"),
+    [
+        ("", lambda card: True),
+        ("verdict=rejected", lambda card: card["data-verdict"] == "rejected"),
+        ("stratum=squares", lambda card: card["data-stratum"] == "squares"),
+        (
+            "verdict=accepted&stratum=circles",
+            lambda card: card["data-verdict"] == "accepted" and card["data-stratum"] == "circles",
+        ),
+        ("q=TRIANGLE", lambda card: card["data-stratum"] == "triangles"),
+        ("verdict=nonsense&stratum=nonsense&sort=nonsense", lambda card: True),
+        ("scores", lambda card: True),
+    ],
+)
+def test_a_link_opens_the_filtered_view(finished, browse, fragment, matches):
+    report(finished)
+    page = Cards(browse(f"{url(finished)}#{fragment}"))
+    assert page.shown == [card for card in page.cards if matches(card)]
+    assert page.output == f"{len(page.shown)} of 60 images"
+
+
+def test_a_link_sorts_with_the_unscored_last(finished, browse):
+    report(finished)
+    for order, sign in (("high", -1), ("low", 1)):
+        scores = [card["data-score"] for card in Cards(browse(f"{url(finished)}#sort={order}")).shown]
+        known = [sign * float(score) for score in scores if score]
+        assert known == sorted(known)
+        assert all(not score for score in scores[len(known) :]) and len(known) < len(scores)
+
+
+def test_a_link_opens_an_image_with_all_its_facts(finished, browse):
+    card = Cards(report(finished)).cards[3]
+    row = next(
+        row
+        for row in finished.store.read_table(finished.selection.ledger).to_pylist()
+        if row["candidate_id"] == card["id"]
+    )
+    dialog = browse(f"{url(finished)}#id={card['id']}").split("<dialog")[1].split("</dialog>")[0]
+    assert dialog.split(">")[0].endswith('open=""')
+    assert '<img src="data:image/webp' in dialog
+    for fact in (
+        row["candidate_id"],
+        row["prompt_id"],
+        row["recipe_id"],
+        str(row["seed"]),
+        row["pixel_hash"],
+        row["part"],
+    ):
+        assert f">{fact}" in dialog
+    assert f"darkroom trace {row['candidate_id']} --store " in dialog
+
+
+def test_a_hostile_prompt_stays_text(finished, browse):
+    with_prompts(finished, dict.fromkeys(range(60), HOSTILE))
+    report(finished)
+    dom = browse(url(finished))
+    page = Cards(dom)
+    assert page.title.startswith("shapes") and len(page.cards) == 60
+    assert "onerror=&quot;" not in dom.replace("&lt;img src=x onerror=", "")  # only ever as text
+    assert len(re.findall(r"<script[ >]", dom)) == 2  # the page's own
+
+
+def test_prompts_in_any_script_and_length_are_shown(finished, browse):
+    texts = {0: "🦊 on a 🏔️", 1: "دائرة حمراء", 2: "赤い丸", 3: "word " * 20_000, 4: "x" * 5_000}
+    with_prompts(finished, texts)
+    html = report(finished)
+    assert len(html) < 2_000_000
+    dom = browse(url(finished))
+    for text in (texts[0], texts[1], texts[2], "(100,000 characters)", "(5,000 characters)"):
+        assert text in dom
+
+
+@pytest.mark.parametrize("verdict", ["rejected", "unsafe"])
+def test_a_run_without_accepted_images_or_scores(finished, browse, verdict):
+    run = with_verdict(finished, verdict)
+    html = report(run)
+    assert (
+        "None of 60 candidates accepted (100" if verdict == "rejected" else "None of 60 candidates could be judged"
+    ) in html
+    assert "No candidate has a score." in html
+    assert len(Cards(browse(url(run))).shown) == 60
+
+
+def test_a_run_of_one_image(tmp_path, browse):
+    run = synthetic_run(Store(tmp_path), prompts=1, candidates=1)
+    assert "of 1 candidate accepted" in report(run)
+    assert Cards(browse(url(run))).output == "1 of 1 images"
+
+
+def test_a_large_run_shows_a_stated_sample_with_every_verdict_and_stratum(tmp_path):
+    run = synthetic_run(Store(tmp_path), prompts=60, candidates=5)
+    html = report(run, limit=50)
+    cards = Cards(html).cards
+    assert "Showing 50 of 300 candidates" in html and len(cards) == 50
+    assert {card["data-verdict"] for card in cards} == set(tables.VERDICTS)
+    assert {card["data-stratum"] for card in cards} == set(run.manifest.strata)
+
+
+def test_starved_prompts_are_listed_up_to_a_limit(finished, monkeypatch):
+    monkeypatch.setattr(page, "MAX_ROWS", 2)
+    prompts = finished.store.read_table(layout.manifest(finished.manifest.sha256)).to_pylist()
+    ids = tuple(row["prompt_id"] for row in prompts[:3])
+    html = report(replace(finished, selection=replace(finished.selection, starved=ids)))
+    starved = html.split('class="starved"')[1].split("</ul>")[0]
+    assert prompts[0]["prompt"] in starved and prompts[1]["prompt"] in starved and prompts[2]["prompt"] not in starved
+    assert "and 1 more" in starved
+
+
+def test_a_memory_store_will_do():
+    run = synthetic_run(Store("memory://report"), prompts=3, candidates=2)
+    assert json.loads(report(run).split('id="facts">')[1].split("</script>")[0]).keys()

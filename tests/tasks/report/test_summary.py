@@ -1,0 +1,57 @@
+"""The summary that Prefect shows."""
+
+import base64
+import io
+import re
+
+import pytest
+from PIL import Image
+
+from tasks.references import ReleaseRef
+from tasks.report import summarize, summary_markdown
+from tasks.report.contact_sheet import MAX_BYTES
+from tasks.report.summary import Sheet
+from tests.synthetic_run import SyntheticRun
+
+
+def summary(run: SyntheticRun, **changes) -> str:
+    return summarize(run.store, run.selection, run.plan, name="shapes", policy=run.policy, **changes)
+
+
+def test_it_shows_counts_rate_release_and_both_sheets(finished):
+    text = summary(finished, release=ReleaseRef("shapes", 2, 23, ()), report="file:///report.html")
+    assert "**23 of 60 candidates accepted (59.6\u202f% rejected).**" in text
+    assert "version 2, 23 rows" in text and "`file:///report.html`" in text
+    for verdict, count in finished.selection.counts.items():
+        assert re.search(rf"^\| {verdict} \| {count} \|", text, re.MULTILINE)
+    sheets = re.findall(r"!\[[^\]]*\]\(data:image/png;base64,([^)]+)\)", text)
+    assert len(sheets) == 2
+    for sheet in sheets:
+        data = base64.b64decode(sheet)
+        assert len(data) <= MAX_BYTES and Image.open(io.BytesIO(data)).format == "PNG"
+
+
+def test_the_tables_list_what_is_on_the_sheets(finished):
+    text = summary(finished)
+    ledger = {row["candidate_id"]: row for row in finished.store.read_table(finished.selection.ledger).to_pylist()}
+    section = text.split("## Rejected")[1]
+    scores = [
+        float(score)
+        for score in re.findall(r"^\| \d+ \| ([\d.]+) \| a \w+ \w+, variation \d+ \|", section, re.MULTILINE)
+    ]
+    rejected = {round(row["score"], 3) for row in ledger.values() if row["verdict"] == "rejected"}
+    assert len(scores) == 12 and set(scores) <= rejected and scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a | b", "<b>bold</b>", "[x](http://y)", "`code` *star*", "two\nlines", "long " * 500]
+)
+def test_a_prompt_is_one_plain_cell(finished, prompt):
+    sheet = Sheet(b"png", ((0.25, prompt, "pool"),))
+    text = summary_markdown(
+        finished.selection, name="x", policy=finished.policy, accepted=sheet, rejected=Sheet(b"", ())
+    )
+    row = next(line for line in text.splitlines() if line.startswith("| 1 | 0.250 |"))
+    assert len(re.findall(r"(?<!\\)\|", row)) == 5  # four cells
+    assert not re.search(r"(?<!\\)[<`*\[]", row) and len(row) < 250
+    assert "## Rejected\n\nNone." in text

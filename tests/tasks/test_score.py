@@ -1,0 +1,84 @@
+"""A shard's scores are those of its images, each once, and are computed once."""
+
+import json
+import uuid
+
+import numpy as np
+import polars as pl
+import pytest
+
+from tasks import tables
+from tasks.scorers import ScorerError
+from tasks.scorers.openclip import OpenClipScorer
+from tasks.score import score_shard
+from tasks.store import Missing, Store, layout
+from tasks.store.images import decode
+from tasks.store.shards import read_images, read_index
+from tests.synthetic_run import SyntheticRun, synthetic_run
+from tests.tasks.scorers.test_openclip import FILTER
+
+
+@pytest.fixture(scope="module")
+def scorer() -> OpenClipScorer:
+    return OpenClipScorer(str(FILTER), batch_size=3)
+
+
+@pytest.fixture
+def run() -> SyntheticRun:
+    return synthetic_run(Store(f"memory://{uuid.uuid4().hex}"), prompts=4, candidates=4, shard_size=16)
+
+
+def never():
+    raise AssertionError("the scorer was opened, though there was nothing to score")
+
+
+def test_every_candidate_gets_the_score_of_its_image(run: SyntheticRun, scorer: OpenClipScorer) -> None:
+    shard = run.plan.shards[0]
+    assert score_shard(run.store, shard, scorer.fingerprint, lambda: scorer).scored == 16
+    table = run.store.read_table(layout.scores(scorer.fingerprint, shard.shard))
+    assert table.schema.equals(tables.SCORES.schema)
+    scores = pl.from_arrow(table)
+    index = read_index(run.store, shard.recipe_id, shard.shard)
+    assert scores["candidate_id"].to_list() == index["candidate_id"].to_list()
+    assert scores["n_tokens"].to_list() == scorer.count_tokens(index["prompt"].to_list())
+    assert scores["truncated"].to_list() == [n > 24 for n in scores["n_tokens"]]
+    assert scores["cosine"].is_null().to_list() == index["pixel_hash"].is_null().to_list()
+    assert scores["embedding"].is_null().to_list() == index["pixel_hash"].is_null().to_list()
+    assert index["pixel_hash"].null_count() == 1
+
+    images = dict(read_images(run.store, index))
+    for row, prompt in zip(scores.iter_rows(named=True), index["prompt"], strict=True):
+        if row["cosine"] is not None:
+            alone = scorer.score(decode(images[row["candidate_id"]])[None], [prompt])
+            assert row["cosine"] == pytest.approx(alone.cosine[0], abs=1e-6)
+            assert np.linalg.norm(np.array(row["embedding"], float)) == pytest.approx(1, abs=2e-3)
+            assert np.array(row["embedding"], float) == pytest.approx(alone.embedding[0], abs=1e-3)
+
+
+def test_scored_once(run: SyntheticRun, scorer: OpenClipScorer) -> None:
+    shard = run.plan.shards[0]
+    score_shard(run.store, shard, scorer.fingerprint, lambda: scorer)
+    data = run.store.read(layout.scores(scorer.fingerprint, shard.shard))
+    assert score_shard(run.store, shard, scorer.fingerprint, never).scored == 0
+    assert run.store.read(layout.scores(scorer.fingerprint, shard.shard)) == data
+
+
+def test_the_scorer_is_recorded_with_its_known_answers(run: SyntheticRun, scorer: OpenClipScorer) -> None:
+    score_shard(run.store, run.plan.shards[0], scorer.fingerprint, lambda: scorer)
+    record = json.loads(run.store.read(layout.scorer(scorer.fingerprint)))
+    assert record["facts"] == scorer.facts
+    assert np.shape(record["known_answers"]) == (2, 6, 6)
+
+
+def test_another_scorer_than_the_runs_is_refused(run: SyntheticRun, scorer: OpenClipScorer) -> None:
+    shard = run.plan.shards[0]
+    with pytest.raises(ScorerError, match=f"{scorer.fingerprint}, the run expects {'0' * 32}"):
+        score_shard(run.store, shard, "0" * 32, lambda: scorer)
+    assert not run.store.exists(layout.scores("0" * 32, shard.shard))
+
+
+def test_a_shard_that_is_not_made_cannot_be_scored(run: SyntheticRun, scorer: OpenClipScorer) -> None:
+    shard = run.plan.shards[0]
+    run.store.delete(layout.shard_index(shard.recipe_id, shard.shard))
+    with pytest.raises(Missing):
+        score_shard(run.store, shard, scorer.fingerprint, lambda: scorer)
