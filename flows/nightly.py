@@ -67,7 +67,7 @@ def nightly(
     started = time.monotonic()
     check_name(name)
     edition = edition.replace("{date}", scheduled_date())
-    recipe = default_recipe(generation.model, **generation.model_dump(mode="json", include=RECIPE_FIELDS))
+    recipe = default_recipe(generation.model, **generation.chosen())
     scorer = fingerprint(scoring.scorer)
 
     snapshot = steps.ingest(store, manifest, generation.model, scoring.scorer, on_bad_rows)
@@ -175,9 +175,6 @@ def generate_and_score(
             "kept. Start the same command again: it makes only what is missing"
         )
     return made
-
-
-RECIPE_FIELDS = {"sampler", "steps", "guidance", "width", "height", "dtype"}
 
 
 def scheduled_date() -> str:

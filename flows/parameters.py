@@ -1,7 +1,7 @@
 """The form a person fills in to start a run: what the Prefect UI shows and what the command line takes."""
 
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -9,6 +9,7 @@ from tasks.select import Policy
 
 
 class Sampler(StrEnum):
+    auto = "auto"
     ddpm = "ddpm"
     ddim = "ddim"
     dpmpp = "dpm++"
@@ -24,20 +25,25 @@ class Generation(BaseModel):
 
     model: str = Field("data/models/tiny-sd", description="diffusers folder or hub name")
     candidates: int = Field(5, ge=1, le=10_000, description="images to make per prompt (1–10,000)")
-    sampler: Sampler | None = Field(None, description="empty: dpm++")
-    steps: int | None = Field(
-        None, ge=1, le=1000, description="sampling steps (1–1000); empty: the model's own default"
-    )
-    guidance: float | None = Field(
-        None, ge=0, le=100, description="guidance scale (0–100); empty: the model's own default"
-    )
-    width: int | None = Field(None, ge=8, le=8192, description="pixels, a multiple of 8; empty: the model's own size")
-    height: int | None = Field(None, ge=8, le=8192, description="pixels, a multiple of 8; empty: the model's own size")
+    sampler: Sampler = Field(Sampler.auto, description="auto: the model's own, mostly dpm++")
+    steps: int = Field(0, ge=0, le=1000, description="sampling steps (1–1000); 0: the model's own")
+    guidance: float = Field(-1, ge=-1, le=100, description="guidance scale (0–100); -1: the model's own")
+    width: int = Field(0, ge=0, le=8192, description="pixels, a multiple of 8 (8–8192); 0: the model's own")
+    height: int = Field(0, ge=0, le=8192, description="pixels, a multiple of 8 (8–8192); 0: the model's own")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: float32 on CPU, bfloat16 on GPU"
     )
     batch_size: int = Field(8, ge=1, le=1024, description="images per call of the model (1–1024)")
     shard_size: int = Field(64, ge=1, le=100_000, description="images per task (1–100,000)")
+
+    def chosen(self) -> dict[str, Any]:
+        """What was chosen of sampler, steps, guidance, width, height and dtype; what is the model's own is left out.
+
+        The form shows an optional number as a switch between types, so a number that means nothing stands for "none".
+        """
+        own = {"sampler": "auto", "steps": 0, "guidance": -1, "width": 0, "height": 0}
+        given = self.model_dump(mode="json", include={*own, "dtype"})
+        return {name: value for name, value in given.items() if name not in own or value != own[name]}
 
 
 class Scoring(BaseModel):

@@ -52,9 +52,11 @@ def open_run(store: str, asked: dict[str, Any]) -> str:
 
 @step(name="plan")
 def plan(store: str, manifest: ManifestRef, run: str, recipe: Recipe, candidates: int, **sizes: Any) -> PlanRef:
+    from tasks.engines.models import ModelFolder, check_recipe, locate
     from tasks.plan import plan
 
-    return plan(Store(store), manifest, run, recipe, candidates, **sizes)
+    folder = ModelFolder(locate(recipe.model))
+    return plan(Store(store), manifest, run, recipe, candidates, check=lambda r: check_recipe(r, folder), **sizes)
 
 
 @step(name="generate", task_run_name="generate {shard.shard}", tags=["gpu"])

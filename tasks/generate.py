@@ -97,7 +97,8 @@ class _Work:
         batches = [orders[start : start + self.batch_size] for start in range(0, len(orders), self.batch_size)]
         parts = {number: self._read_part(number, batch) for number, batch in enumerate(batches)}
         missing = [number for number, rows in parts.items() if rows is None]
-        progress(sum(len(rows) for rows in parts.values() if rows))
+        if found := sum(len(rows) for rows in parts.values() if rows):
+            progress(found)
         if missing:
             engine, recipe = open_engine(), self._recipe()
             engine.prepare(sorted({(o["prompt"], o["negative_prompt"]) for n in missing for o in batches[n]}))

@@ -40,10 +40,10 @@ def record_images(store: Store, selection: Selection, plan: PlanRef, manifest: M
 
     Raises Missing, CorruptObject; SchemaError where a candidate's shard, prompt or recipe is not in the store.
     """
-    ledger = _frame(store, selection.ledger)
+    ledger = store.read_frame(selection.ledger)
     distinct = dict.fromkeys((shard.recipe_id, shard.shard) for shard in plan.shards)
     made = pl.concat(_made(store, recipe_id, shard) for recipe_id, shard in distinct)
-    prompts = _frame(store, layout.manifest(manifest.sha256), ["prompt_id", "source", "row"])
+    prompts = store.read_frame(layout.manifest(manifest.sha256), ["prompt_id", "source", "row"])
     recipes = pl.from_dicts(
         [{"recipe_id": id, **asdict(load_recipe(store, id))} for id in ledger["recipe_id"].unique(maintain_order=True)]
     ).select("recipe_id", "model", "model_digest")
@@ -73,11 +73,7 @@ def _made(store: Store, recipe_id: str, shard: str) -> pl.DataFrame:
 def _released(store: Store, release: ReleaseRef) -> pl.DataFrame:
     """candidate_id and `file`, the key of the release's file that holds it."""
     data = [key for key in release.files if key.endswith(".parquet")]
-    return pl.concat([_frame(store, key, ["candidate_id"]).with_columns(file=pl.lit(key)) for key in data])
-
-
-def _frame(store: Store, key: str, columns: Sequence[str] | None = None) -> pl.DataFrame:
-    return pl.DataFrame(store.read_table(key, columns))
+    return pl.concat([store.read_frame(key, ["candidate_id"]).with_columns(file=pl.lit(key)) for key in data])
 
 
 # --- OpenLineage -----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ manifest and three numbers a candidate found in the store are held in memory thr
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from itertools import chain
@@ -41,12 +41,15 @@ def plan(
     batch_size: int,
     round: int = 0,
     edition: str = "",
+    check: Callable[[Recipe], None] = lambda recipe: None,
 ) -> PlanRef:
     """Plan a round of a run; if it is planned already, return that plan.
 
     `defaults` and `n_candidates` hold where a prompt has no value of its own; `shard_size` is rounded up to whole batches.
     With edition "" a prompt's candidates count from 0, and those that exist are reused. With any other they go on from the
     highest index that a finished shard holds of the same prompt and recipe, so that all are new.
+
+    `check` is called with each recipe before anything is made of it, and raises where no engine could follow it.
 
     Raises PlanConflict, Missing (no such manifest), CorruptObject (a shard's index in the store is damaged).
     """
@@ -61,6 +64,7 @@ def plan(
         size = -(-shard_size // batch_size) * batch_size
         shards: list[ShardRef] = []
         for recipe, prompts in _by_recipe(_read_prompts(store, manifest, n_candidates), defaults):
+            check(recipe)
             _describe(store, recipe)
             found = _find_made(store, recipe.recipe_id, prompts)
             if edition:
@@ -94,8 +98,7 @@ def _plan_ref(committed: dict[str, Any]) -> PlanRef:
 def _read_prompts(store: Store, manifest: ManifestRef, n_candidates: int) -> pl.DataFrame:
     """`number` (place in the manifest), prompt, OVERRIDES, and the candidates wanted: `n` of them from index `first`."""
     columns = ["prompt_id", "prompt", "negative_prompt", *OVERRIDES, "n_candidates"]
-    prompts = pl.from_arrow(store.read_table(layout.manifest(manifest.sha256), columns))
-    assert isinstance(prompts, pl.DataFrame)
+    prompts = store.read_frame(layout.manifest(manifest.sha256), columns)
     return prompts.with_row_index("number").with_columns(
         n=pl.col("n_candidates").fill_null(n_candidates), first=pl.lit(0, pl.Int32)
     )
@@ -158,8 +161,7 @@ def _find_made(store: Store, recipe_id: str, prompts: pl.DataFrame) -> pl.DataFr
 
 
 def _read_index(store: Store, recipe_id: str, shard: str) -> pl.DataFrame:
-    index = pl.from_arrow(store.read_table(layout.shard_index(recipe_id, shard), ["prompt_id", "index"]))
-    assert isinstance(index, pl.DataFrame)
+    index = store.read_frame(layout.shard_index(recipe_id, shard), ["prompt_id", "index"])
     return index.with_columns(shard=pl.lit(shard, pl.Categorical))
 
 

@@ -96,8 +96,7 @@ def writer_id(selection: Selection) -> str:
 def accepted_rows(store: Store, selection: Selection, plan: PlanRef) -> pl.DataFrame:
     """The accepted candidates in ledger order: LEDGER and SHARD_INDEX columns, the recipe's, and `bytes`, about the size of
     the encoded image. Raises ReleaseError where there are none."""
-    ledger = pl.from_arrow(store.read_table(selection.ledger))
-    assert isinstance(ledger, pl.DataFrame)
+    ledger = store.read_frame(selection.ledger)
     accepted = ledger.filter(pl.col("verdict") == "accepted")
     if accepted.is_empty():
         raise ReleaseError(

@@ -44,7 +44,7 @@ class Policy(BaseModel, frozen=True):
     reject: str = Field("0.6", description="rejection rate ρ as a decimal number or a fraction, e.g. 0.6 or 3/5; exact")
     floor: float = Field(-1.0, ge=-1, le=1, description="no image with a raw cosine below this is accepted")
     k_min: int = Field(0, ge=0, description="images to accept per prompt at least, where enough reach the floor")
-    k_max: int | None = Field(None, ge=1, description="images to accept per prompt at most; empty: no limit")
+    k_max: int = Field(0, ge=0, description="images to accept per prompt at most; 0: no limit")
     blend: float = Field(0.5, ge=0, le=1, description="λ: 1 compares images within their prompt, 0 across all prompts")
     band_low: float = Field(0.0, ge=0, le=1, description="fail where the rejection rate comes out below this")
     band_high: float = Field(1.0, ge=0, le=1, description="fail where the rejection rate comes out above this")
@@ -65,7 +65,7 @@ class Policy(BaseModel, frozen=True):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "Policy":
-        if self.k_max is not None and self.k_min > self.k_max:
+        if self.k_max and self.k_min > self.k_max:
             raise ValueError(f"k_min {self.k_min} is above k_max {self.k_max}: lower one or raise the other")
         if self.band_low > self.band_high:
             raise ValueError(f"band_low {self.band_low} is above band_high {self.band_high}: swap them")

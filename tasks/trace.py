@@ -135,7 +135,7 @@ def _find(store: Store, fits: pl.Expr, name: str) -> Facts:
     """candidate_id, recipe_id and part of the one candidate that fits: from the ledgers, else from the shards."""
     columns = ["candidate_id", "pixel_hash", "recipe_id", "part"]
     for keys in ([layout.ledger(run) for run in finished_runs(store)], _indexes(store)):
-        tables_ = _map(lambda key: pl.DataFrame(store.read_table(key, columns)).filter(fits), keys)
+        tables_ = _map(lambda key: store.read_frame(key, columns).filter(fits), keys)
         rows = pl.concat([pl.DataFrame(schema=dict.fromkeys(columns, pl.String)), *tables_]).unique(
             "candidate_id", keep="first", maintain_order=True
         )
@@ -163,7 +163,7 @@ def _verdicts(store: Store, candidate_id: str) -> Iterator[Facts]:
     columns = ["candidate_id", "verdict", "reason", "score", "rank_score", "stratum", "scorer", "policy"]
 
     def judged(run: str) -> Facts | None:
-        ledger = pl.DataFrame(store.read_table(layout.ledger(run), columns))
+        ledger = store.read_frame(layout.ledger(run), columns)
         rows = ledger.filter(pl.col("candidate_id") == candidate_id).drop("candidate_id").to_dicts()
         threshold = ledger.filter(pl.col("verdict") == "accepted")["score"].min()
         return {"run": run, **rows[0], "threshold": threshold, "policy": _policy(store, run, rows[0])} if rows else None
@@ -195,7 +195,7 @@ def _scores(store: Store, shard: str, candidate_id: str) -> list[Facts]:
 
     def scored(key: str) -> Facts:
         fingerprint = key.split("/")[1].removeprefix("scorer=")
-        frame = pl.DataFrame(store.read_table(key, [n for n in tables.SCORES.names if n != "embedding"]))
+        frame = store.read_frame(key, [n for n in tables.SCORES.names if n != "embedding"])
         facts = frame.filter(pl.col("candidate_id") == candidate_id).drop("candidate_id").to_dicts()[0]
         model = json.loads(store.read(layout.scorer(fingerprint)))["model"]
         return {"model": model, "scorer": fingerprint, **facts}

@@ -157,7 +157,7 @@ def _check_released(store: Store, key: str, snapshot: dict[str, Any], ids: list[
         _compare(report, key, f"{layout.ledger(run)} accepts", accepted, "its release holds", set(ids), RELEASE_AGAIN)
     lineage = layout.lineage_images(run)
     with report.about(lineage, "start the run again with the same command: its lineage is written anew"):
-        rows = pl.DataFrame(store.read_table(lineage))
+        rows = store.read_frame(lineage)
         released = rows.filter(pl.col("file").is_not_null())["candidate_id"].to_list()
         if sorted(released) != sorted(ids):
             report.say(lineage, f"names {len(released)} released images, {key} has {len(ids)}", AGAIN)
@@ -228,7 +228,7 @@ def _check_made(store: Store, run: str, shard: ShardRef, ids: set[str], ledger: 
 def _check_scores(store: Store, key: str, ids: set[str], ledger: pl.DataFrame, report: Report) -> None:
     """Every ordered candidate of the shard has a row, and the ledger has the same score."""
     with report.about(key, AGAIN):
-        scores = pl.DataFrame(store.read_table(key, ["candidate_id", "cosine"]))
+        scores = store.read_frame(key, ["candidate_id", "cosine"])
         if lacking := ids - set(scores["candidate_id"]):
             report.say(key, f"has no score of {_some(sorted(lacking))}", AGAIN)
         judged = ledger.filter(pl.col("score").is_not_null(), pl.col("candidate_id").is_in(list(ids)))
@@ -244,7 +244,7 @@ def _check_lineage(store: Store, run: str, ledger: pl.DataFrame, report: Report)
     if not store.exists(key):
         return  # not released: the release's own check asks for it where it is
     with report.about(key, AGAIN):
-        rows = pl.DataFrame(store.read_table(key, ["candidate_id", "verdict", "dataset", "version"]))
+        rows = store.read_frame(key, ["candidate_id", "verdict", "dataset", "version"])
         same = (
             rows.select("candidate_id", "verdict")
             .sort("candidate_id")
@@ -279,7 +279,7 @@ def _check_shard(store: Store, key: str) -> Report:
 def _check_part(store: Store, rows: pl.DataFrame, report: Report) -> None:
     part, digest = rows["part"][0], rows["part_sha256"][0]
     with report.about(part, f"delete the index.parquet beside it too: {AGAIN}"):
-        held = pl.DataFrame(store.read_table(part, ["candidate_id", "pixel_hash"], sha256_=digest))
+        held = store.read_frame(part, ["candidate_id", "pixel_hash"], sha256_=digest)
         if not held.equals(rows.select("candidate_id", "pixel_hash")):
             report.say(part, f"holds {held.height} candidates, which are not the {rows.height} of its index", AGAIN)
 

@@ -139,9 +139,9 @@ def _make_shard(store: Store, run: str, shard: ShardRef, batch: int, recipe: Rec
 
 def _judge_shard(store: Store, shard: ShardRef, scorer: str) -> pl.DataFrame:
     """The index rows the run wants, with `score`, `scorer` and `verdict` (null: usable)."""
-    wanted = pl.DataFrame(store.read_table(shard.orders, ["candidate_id"]))
+    wanted = store.read_frame(shard.orders, ["candidate_id"])
     index = read_index(store, shard.recipe_id, shard.shard)
-    scores = pl.DataFrame(store.read_table(layout.scores(scorer, shard.shard), ["candidate_id", "cosine"]))
+    scores = store.read_frame(layout.scores(scorer, shard.shard), ["candidate_id", "cosine"])
     rows = wanted.join(index, on="candidate_id", maintain_order="left").join(
         scores.rename({"cosine": "score"}), on="candidate_id", maintain_order="left"
     )
@@ -199,7 +199,7 @@ def _write_ledger(
     store: Store, run: str, rows: pl.DataFrame, manifest: ManifestRef, policy: Policy, scorer: str
 ) -> Selection:
     """The best of the usable rows are accepted, until the policy's rate is met; ties do not occur."""
-    prompts = pl.DataFrame(store.read_table(layout.manifest(manifest.sha256)))
+    prompts = store.read_frame(layout.manifest(manifest.sha256))
     usable = rows.filter(pl.col("verdict").is_null()).sort("score", descending=True)
     accepted = usable.head(usable.height - round(float(policy.reject) * usable.height))["candidate_id"].to_list()
     ledger = (

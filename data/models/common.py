@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 HERE = Path(__file__).resolve().parent
 DIFFUSION, FILTER, JUDGE = HERE / "tiny-sd", HERE / "tiny-clip-filter", HERE / "tiny-clip-judge"
 
-DEFAULT_STEPS = 12
+DEFAULT_STEPS = 10
 """DPM-Solver++ steps: the fewest without a loss (see the model card)."""
 DEFAULT_GUIDANCE = 2.5
 """Classifier-free guidance scale."""

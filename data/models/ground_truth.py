@@ -37,9 +37,9 @@ class MatchRate:
 
 def check_run(store: Store, run: str) -> pl.DataFrame:
     """candidate_id, prompt, verdict, score, match and malformed of every image of a finished run, in ledger order."""
-    ledger = _frame(store, layout.ledger(run))
+    ledger = store.read_frame(layout.ledger(run))
     # the index of a shard stands beside its parts
-    indexes = pl.concat(_frame(store, f"{part.rsplit('/', 1)[0]}/index.parquet") for part in _shards(ledger))
+    indexes = pl.concat(store.read_frame(f"{part.rsplit('/', 1)[0]}/index.parquet") for part in _shards(ledger))
     made = indexes.join(ledger, on="candidate_id", how="semi")
     prompts = dict(made.select("candidate_id", "prompt").iter_rows())
     ids, pixels = zip(*((i, decode(data)) for i, data in read_images(store, made)), strict=True)
@@ -62,12 +62,6 @@ def match_rate(checked: pl.DataFrame) -> MatchRate:
 def _shards(ledger: pl.DataFrame) -> list[str]:
     """One part of each shard of a ledger."""
     return ledger.unique(pl.col("part").str.replace(r"/[^/]*$", ""), maintain_order=True)["part"].to_list()
-
-
-def _frame(store: Store, key: str) -> pl.DataFrame:
-    frame = pl.from_arrow(store.read_table(key))
-    assert isinstance(frame, pl.DataFrame)
-    return frame
 
 
 def main() -> None:

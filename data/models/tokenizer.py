@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 from common import DIFFUSION, FILTER, JUDGE
@@ -40,7 +41,7 @@ def learn_merges(vocabulary: list[str]) -> list[tuple[str, str]]:
     """Byte-pair merges, most frequent pair first, until every word is a single token."""
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in vocabulary]
     merges = []
-    while pairs := Counter(pair for word in pieces for pair in zip(word, word[1:], strict=False)):
+    while pairs := Counter(pair for word in pieces for pair in pairwise(word)):
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         merges.append(best)
         for word in pieces:

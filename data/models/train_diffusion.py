@@ -11,6 +11,7 @@ fine, it is just not what the prompt said. Filtering and LoRA training then have
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 from dataclasses import replace
@@ -18,7 +19,20 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from common import DIFFUSION, FILTER, Average, WallClock, fast_math, merge_json, parameters, record, set_rate, to_float
+from common import (
+    DEFAULT_GUIDANCE,
+    DEFAULT_STEPS,
+    DIFFUSION,
+    FILTER,
+    Average,
+    WallClock,
+    fast_math,
+    merge_json,
+    parameters,
+    record,
+    set_rate,
+    to_float,
+)
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from tokenizer import CONTEXT, build, save
@@ -27,13 +41,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from world import FILTER_TEMPLATES, Scene, all_scenes, change, random_caption, render
 
 BATCH = 32
-POOL = 8000
+POOL = 6000
 EMPTY_CAPTIONS = 0.1
 STEPS = 1000
 PARTNER = {"circle": "cross", "square": "star", "triangle": "ring"}
 PARTNER |= {b: a for a, b in PARTNER.items()}
 WRONG_SHAPES, WRONG_OTHERS = 0.46, 0.06
-PEAK_RATES = {"clean": 1.5e-3, "noisy": 6e-4}
+PEAK_RATES = {"clean": 1.5e-3, "noisy": 1e-3}
 JITTER = {"clean": 0.7, "noisy": 0.5}
 
 
@@ -209,6 +223,8 @@ def save_pipeline(model: Denoiser) -> None:
     save(tokenizer, DIFFUSION / "tokenizer")
     # transformers would load the text encoder as fp16 while diffusers loads the rest as fp32
     merge_json(DIFFUSION / "text_encoder" / "config.json", {"dtype": "float32"})
+    # the defaults that Darkroom samples with where a run names none
+    (DIFFUSION / "darkroom.json").write_text(json.dumps({"steps": DEFAULT_STEPS, "guidance": DEFAULT_GUIDANCE}) + "\n")
 
 
 def build_copy(module: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ REASONS = {
     "budget": "below the cut",
     "floor": "below the floor",
     "duplicate": "same image as another",
-    "prompt_cap": "its prompt has enough",
+    "prompt_cap": "beyond its prompt's k_max",
 }
 BINS = 48  # of the histogram, at most
 MOST_IMAGES = 12  # columns of the distribution of images per prompt; the last stands for that many or more

@@ -22,7 +22,7 @@ from markupsafe import Markup
 from tasks.references import ManifestRef, PlanRef, ReleaseRef, Selection
 from tasks.report import figures, showcase
 from tasks.runs import load_run
-from tasks.select import Policy
+from tasks.select import RANK_UNIT, Policy
 from tasks.store import Store, layout
 from tasks.store.objects import public
 from tasks.tables import VERDICTS
@@ -118,7 +118,7 @@ def _card(row: dict[str, Any], image: showcase.Thumbnail | None, trace: str) -> 
         "Negative prompt": _clip(row["negative_prompt"]),
         "Stratum": row["stratum"],
         "Cosine": "" if row["score"] is None else f"{row['score']:.6f}".replace("-", "−"),
-        "Rank": "" if row["rank_score"] is None else f"{row['rank_score']:,}".replace("-", "−"),
+        "Rank score": "" if row["rank_score"] is None else _deviations(row["rank_score"]),
         "Size": size,
         "Seed": f"{row['seed']} (candidate {row['index']} of its prompt, from 0)",
         "Made": f"{row['made_at']:%Y-%m-%d %H:%M:%S} UTC by run {row['run']}",
@@ -139,6 +139,10 @@ def _card(row: dict[str, Any], image: showcase.Thumbnail | None, trace: str) -> 
         facts={name: value for name, value in facts.items() if value},
         trace=trace.format(row["candidate_id"]),
     )
+
+
+def _deviations(rank_score: int) -> str:
+    return f"{rank_score / RANK_UNIT:+.4f} standard deviations".replace("-", "−")
 
 
 def _texts(store: Store, manifest: ManifestRef, ids: tuple[str, ...]) -> list[str]:
@@ -162,11 +166,13 @@ def _recipes(store: Store, plan: PlanRef) -> list[tuple[str, int, dict[str, Any]
 
 
 def _scorers(store: Store, ledger: pl.DataFrame) -> list[tuple[str, dict[str, Any]]]:
-    """Fingerprint and plain facts of the scorers that judged."""
+    """Fingerprint and plain facts (model, kind, weights, …) of the scorers that judged."""
     found = []
     for fingerprint in ledger["scorer"].unique().sort():
-        facts = json.loads(store.read(layout.scorer(fingerprint)))
-        found.append((fingerprint, {k: v for k, v in facts.items() if isinstance(v, str | int | float)}))
+        scorer = json.loads(store.read(layout.scorer(fingerprint)))
+        facts = {**scorer, **scorer.get("facts", {})}
+        plain = {k: v for k, v in facts.items() if isinstance(v, str | int | float) and v != fingerprint}
+        found.append((fingerprint, plain))
     return found
 
 

@@ -24,8 +24,7 @@ _THUMBNAIL_BYTES = 18_000  # × 400 images × 4/3 for base64 < 10 MB
 
 def read_ledger(store: Store, selection: Selection) -> pl.DataFrame:
     """The run's verdicts, with the columns that reports need; scores that are not finite are null."""
-    frame = pl.from_arrow(store.read_table(selection.ledger, columns=_COLUMNS))
-    assert isinstance(frame, pl.DataFrame)
+    frame = store.read_frame(selection.ledger, columns=_COLUMNS)
     return frame.with_columns(pl.when(pl.col("score").is_finite()).then("score").alias("score"))
 
 

@@ -38,6 +38,10 @@ class Scorer(Protocol):
     context_length: int  # tokens; a longer prompt is judged by its beginning
     batch_size: int  # images it judges at a time
 
+    @property
+    def known_answers(self) -> "np.ndarray":
+        """`tasks.scorers.known_answers.answers` of it, computed once. Raises ScorerError."""
+
     def score(self, pixels: "np.ndarray", prompts: Sequence[str]) -> Scores:
         """Judge images uint8 [n, height, width, 3] against their prompts, in batches, with each distinct text encoded once."""
 

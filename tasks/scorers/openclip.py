@@ -8,7 +8,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
@@ -214,8 +214,8 @@ def fingerprint(model: str) -> str:
 
 
 def _sha256(file: Path) -> str:
-    facts = file.stat()
-    return _sha256_once(file, facts.st_size, facts.st_mtime_ns)
+    status = file.stat()
+    return _sha256_once(file, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=64)  # weights of several GB would otherwise be read again for every task of a process
@@ -265,6 +265,12 @@ class OpenClipScorer:
         self._prepare = Preprocessing(**self._clip.visual.preprocess_cfg)
         self._texts: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._lock = Lock()
+
+    @cached_property
+    def known_answers(self) -> "np.ndarray":
+        from tasks.scorers.known_answers import answers
+
+        return answers(self)
 
     def score(self, pixels: "np.ndarray", prompts: Sequence[str]) -> Scores:
         import torch

@@ -41,9 +41,10 @@ def default_counter(merges: Path, cleaning: str) -> Counter:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     with gzip.open(merges, "rt", encoding="utf-8") as file:
-        pairs = [tuple(line.split()) for line in file.read().split("\n")[1 : MERGES + 1]]
+        lines = file.read().split("\n")[1 : MERGES + 1]
+    pairs = [(first, second) for first, second in map(str.split, lines)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    words = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in pairs)]
+    words = [*alphabet, *(letter + "</w>" for letter in alphabet), *(first + second for first, second in pairs)]
     vocabulary = {word: number for number, word in enumerate(words)}
     tokenizer = Tokenizer(models.BPE(vocabulary, pairs, end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

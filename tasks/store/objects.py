@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
@@ -113,6 +114,10 @@ class Store:
                 f"{self.uri(key)} is not a readable Parquet file: {error}; delete it and start the run again "
                 "with the same command"
             ) from error
+
+    def read_frame(self, key: str, columns: Sequence[str] | None = None, sha256_: str | None = None) -> pl.DataFrame:
+        """`read_table`, as a polars frame."""
+        return pl.DataFrame(self.read_table(key, columns, sha256_))
 
     def list(self, prefix: str) -> list[str]:
         """The keys under a prefix, sorted. A helper for finding, never for deciding whether something is complete."""

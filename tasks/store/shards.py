@@ -10,9 +10,7 @@ from tasks.store.objects import CorruptObject, Store
 
 def read_index(store: Store, recipe_id: str, shard: str) -> pl.DataFrame:
     """The index of a shard: tables.SHARD_INDEX, one row a candidate, in batch order. Raises Missing, CorruptObject."""
-    frame = pl.from_arrow(store.read_table(layout.shard_index(recipe_id, shard)))
-    assert isinstance(frame, pl.DataFrame)
-    return frame
+    return store.read_frame(layout.shard_index(recipe_id, shard))
 
 
 def read_images(store: Store, index: pl.DataFrame) -> Iterator[tuple[str, bytes]]:

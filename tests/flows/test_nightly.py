@@ -30,9 +30,7 @@ def run(manifest: str, store: Path, **changes: Any) -> dict[str, Any]:
 
 
 def ledger(store: Path, run: str) -> pl.DataFrame:
-    frame = pl.from_arrow(Store(store).read_table(layout.ledger(run)))
-    assert isinstance(frame, pl.DataFrame)
-    return frame
+    return Store(store).read_frame(layout.ledger(run))
 
 
 @pytest.fixture(scope="module")

@@ -22,14 +22,14 @@ def released(made: SyntheticRun, **options):
 
 
 def rows(store: Store, keys) -> pl.DataFrame:
-    return pl.concat(pl.DataFrame(store.read_table(key)) for key in keys if key.endswith(".parquet"))
+    return pl.concat(store.read_frame(key) for key in keys if key.endswith(".parquet"))
 
 
 def test_it_holds_the_accepted_images_in_ledger_order(any_store: Store) -> None:
     made = synthetic_run(any_store)
     reference = released(made)
     got = rows(any_store, reference.files)
-    ledger = pl.DataFrame(any_store.read_table(layout.ledger(made.run))).filter(pl.col("verdict") == "accepted")
+    ledger = any_store.read_frame(layout.ledger(made.run)).filter(pl.col("verdict") == "accepted")
     assert (reference.name, reference.version, reference.rows) == ("demo", 1, 8)
     assert got.select("candidate_id", "seed", "score", "stratum", "pixel_hash").equals(
         ledger.select("candidate_id", "seed", "score", "stratum", "pixel_hash")

@@ -8,9 +8,9 @@ import polars as pl
 import pytest
 
 from tasks import tables
+from tasks.score import score_shard
 from tasks.scorers import ScorerError
 from tasks.scorers.openclip import OpenClipScorer
-from tasks.score import score_shard
 from tasks.store import Missing, Store, layout
 from tasks.store.images import decode
 from tasks.store.shards import read_images, read_index

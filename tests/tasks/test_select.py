@@ -82,7 +82,7 @@ def reference(rows: list[dict], policy: Policy, salt: str) -> dict[str, tuple[st
         if taken[row["prompt_id"]] < k_min:
             reasons[row["candidate_id"]] = "must"
             k -= 1
-        elif k_max is not None and taken[row["prompt_id"]] >= k_max:
+        elif k_max and taken[row["prompt_id"]] >= k_max:
             reasons[row["candidate_id"]] = "prompt_cap"
         else:
             pool.append(row["candidate_id"])
@@ -157,7 +157,7 @@ policies = st.builds(
     reject=st.sampled_from(["0", "0.1", "1/3", "0.5", "0.6", "2/3", "0.7", "0.95", "1"]),
     floor=st.sampled_from([-1.0, 0.1, 0.25, 0.5]),
     k_min=st.sampled_from([0, 0, 0, 1]),
-    k_max=st.sampled_from([None, 1, 2, 4]),
+    k_max=st.sampled_from([0, 1, 2, 4]),
     blend=st.sampled_from([0.0, 0.5, 0.3, 1.0]),
 )
 
@@ -339,20 +339,20 @@ def test_rate_outside_its_band_is_refused() -> None:
 
 
 def test_nothing_to_select_from_is_refused() -> None:
-    with pytest.raises(SelectionError, match="none of 2 .*2 error"):
+    with pytest.raises(SelectionError, match=r"none of 2 .*2 error"):
         select(frame({"p": [0.1, 0.2]}, error="out of memory"), Policy(), "run")
     with pytest.raises(SelectionError, match="none of 0"):
         select(frame({}), Policy(), "run")
 
 
 def test_a_prompt_that_must_get_more_than_it_may_is_refused() -> None:
-    with pytest.raises(SelectionError, match="1 prompts .* first p: k_min 3, k_max 2"):
+    with pytest.raises(SelectionError, match=r"1 prompts .* first p: k_min 3, k_max 2"):
         select(frame({"p": [0.1, 0.2]}, k_min=3), Policy(k_max=2), "run")
 
 
 @pytest.mark.parametrize("cosine", [None, math.nan, math.inf])
 def test_an_image_without_a_score_is_refused(cosine: float | None) -> None:
-    with pytest.raises(SelectionError, match="1 of 2 .* first p-1"):
+    with pytest.raises(SelectionError, match=r"1 of 2 .* first p-1"):
         select(frame({"p": [0.1, cosine]}), Policy(), "run")
 
 
@@ -453,8 +453,8 @@ def test_a_candidate_that_is_missing_or_double_is_found(made: SyntheticRun) -> N
     shard = made.plan.shards[1]
     scores = layout.scores(made.scorer, shard.shard)
     made.store.write_table(scores, made.store.read_table(scores).slice(1))
-    with pytest.raises(SelectionError, match="orders 24 candidates, but 23 distinct ones .23 rows"):
+    with pytest.raises(SelectionError, match=r"orders 24 candidates, but 23 distinct ones .23 rows"):
         judge(made, Policy())
     doubled = replace(made.plan, shards=(made.plan.shards[0], made.plan.shards[0]))
-    with pytest.raises(SelectionError, match="orders 16 candidates, but 8 distinct ones .16 rows"):
+    with pytest.raises(SelectionError, match=r"orders 16 candidates, but 8 distinct ones .16 rows"):
         judge(replace(made, plan=doubled), Policy())

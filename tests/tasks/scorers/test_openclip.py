@@ -122,7 +122,7 @@ def test_loaded_scorer_has_the_fingerprint_of_its_files(scorer: OpenClipScorer) 
 
 def test_a_folder_without_weights_is_refused(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
-    with pytest.raises(ScorerError, match="no weights.*random"):
+    with pytest.raises(ScorerError, match=r"no weights.*random"):
         OpenClipScorer(str(folder))
 
 
@@ -139,7 +139,7 @@ def test_a_name_that_is_nothing_is_refused() -> None:
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(ScorerError, match="has no open_clip_config.json"):
+    with pytest.raises(ScorerError, match=r"has no open_clip_config.json"):
         locate(str(tmp_path))
     (folder / CONFIG).write_text("{}")
     with pytest.raises(ScorerError, match="not open_clip's"):
@@ -148,7 +148,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, folder: Path) -> N
 
 def test_weights_of_another_architecture_are_refused(folder: Path) -> None:
     edit(folder, model_cfg__embed_dim=32)
-    with pytest.raises(ScorerError, match="do the weights open_clip_model.safetensors belong"):
+    with pytest.raises(ScorerError, match=r"do the weights open_clip_model.safetensors belong"):
         OpenClipScorer(str(folder))
 
 

@@ -39,7 +39,7 @@ def index(any_store: Store) -> pl.DataFrame:
     """The index of a shard of ten candidates in three parts, one of them without an image."""
     rows = [_candidate(i) for i in range(CANDIDATES)]
     parts = []
-    for number in range(0, -(-CANDIDATES // BATCH)):
+    for number in range(-(-CANDIDATES // BATCH)):
         batch = tables.CANDIDATES.conform(rows[number * BATCH : (number + 1) * BATCH])
         key = layout.part(RECIPE, SHARD, number)
         sha256 = any_store.write_table(key, batch)
