@@ -6,12 +6,13 @@
 
 (a) runs half before and half after (b), so that a machine that slows down slows both. (c) is measured on fewer images.
 
-    python benchmarks/overhead.py [--candidates 1000] [--script-images 100]
+    python benchmarks/overhead.py [--candidates 3200] [--script-images 200]
 """
 
 import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,12 +26,14 @@ import polars as pl
 import torch
 from diffusers import StableDiffusionPipeline
 
-from data.models.world import all_scenes, caption
 from flows.nightly import nightly
 from flows.parameters import Generation, Policy, Scoring
 from tasks.engines.diffusers import default_recipe
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "data/models"))  # the scripts there import each other by name
+from world import all_scenes, caption  # noqa: E402
+
 MODEL = str(ROOT / "data/models/tiny-sd")
 SCORER = str(ROOT / "data/models/tiny-clip-filter")
 BATCH = 8
@@ -104,8 +107,8 @@ def script(folder: Path, pipe: StableDiffusionPipeline, prompts: list[str], imag
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--candidates", type=int, default=1000, help="images of (a) and of (b)")
-    parser.add_argument("--script-images", type=int, default=100, help="images of (c)")
+    parser.add_argument("--candidates", type=int, default=3200, help="images of (a) and of (b)")
+    parser.add_argument("--script-images", type=int, default=200, help="images of (c)")
     options = parser.parse_args()
 
     prompts = [caption(scene) for scene in all_scenes()]

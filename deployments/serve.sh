@@ -10,7 +10,11 @@ export PREFECT_API_URL=http://127.0.0.1:$port/api
 export PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1
 mkdir -p "$PREFECT_HOME"
 
-if curl --silent --fail "$PREFECT_API_URL/health" >/dev/null; then
+answers() {  # without curl, which a fresh machine may lack
+  python -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' "$PREFECT_API_URL/health" 2>/dev/null
+}
+
+if answers; then
   echo "something already answers on port $port; choose another: PORT=4300 make serve" >&2
   exit 1
 fi
@@ -18,7 +22,7 @@ fi
 trap 'trap - EXIT INT TERM; kill $(jobs -p) 2>/dev/null; wait' EXIT INT TERM
 prefect server start --host 127.0.0.1 --port "$port" >"$PREFECT_HOME/server.log" 2>&1 &
 server=$!
-until curl --silent --fail "$PREFECT_API_URL/health" >/dev/null; do
+until answers; do
   kill -0 $server 2>/dev/null || { echo "the server did not start:" >&2; tail -20 "$PREFECT_HOME/server.log" >&2; exit 1; }
   sleep 0.5
 done

@@ -157,10 +157,14 @@ def _given(**options: Any) -> dict[str, Any]:
 
 def _in_words(error: Any) -> str:
     """A pydantic ValidationError in the words of the command line."""
-    return "; ".join(
-        f"--{str(problem['loc'][0]).replace('_', '-')}: {problem['msg']}, received {problem['input']!r}"
-        for problem in error.errors()
-    )
+
+    def told(problem: dict[str, Any]) -> str:
+        message = problem["msg"].removeprefix("Value error, ")
+        if not problem["loc"]:  # options that contradict each other: the message names them
+            return message
+        return f"--{str(problem['loc'][0]).replace('_', '-')}: {message}, received {problem['input']!r}"
+
+    return "; ".join(told(problem) for problem in error.errors())
 
 
 MANIFEST_NOTES = {"merged": "duplicate rows merged", "bad_rows": "bad rows quarantined"}
@@ -168,6 +172,7 @@ MANIFEST_NOTES = {"merged": "duplicate rows merged", "bad_rows": "bad rows quara
 
 def _print_summary(summary: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     counts, rate = summary["counts"], summary["rejection_rate"]
@@ -189,8 +194,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
         + (f" ({rate:.1%})" if rate is not None else "")
         + "".join(f", {counts[v]} {v}" for v in ("unsafe", "degenerate", "error") if counts[v]),
     )
-    table.add_row("release", f"[bold]{summary['dataset']} v{summary['version']}[/]  {summary['release']}")
-    table.add_row("report", summary["report"])
+    table.add_row("release", f"[bold]{summary['dataset']} v{summary['version']}[/]  {escape(summary['release'])}")
+    table.add_row("report", escape(summary["report"]))
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"\n[bold]Darkroom[/] run {summary['run']} in {summary['seconds']:.0f} s\n")
     console.print(table)

@@ -58,8 +58,8 @@ def nightly(
         scoring: who judges them.
         policy: what is accepted.
         on_bad_rows: fail, or quarantine (leave bad rows out and write them beside the manifest snapshot).
-        edition: names this batch of images. The same edition again makes nothing new, another one makes new images.
-            {date} stands for the day the run was scheduled for.
+        edition: names this batch of images. With the same settings, the same edition makes nothing new and another one makes
+            new images. {date} stands for the day the run was scheduled for.
     """
     from tasks.engines.models import default_recipe
     from tasks.scorers.openclip import fingerprint
@@ -137,7 +137,7 @@ def generate_and_score(
 
     A shard that fails does not stop the others. Raises RunIncomplete at the end, or at once an error all shards share.
     """
-    finished: SimpleQueue[PrefectFuture] = SimpleQueue()
+    finished: SimpleQueue[tuple[Any, PrefectFuture]] = SimpleQueue()
     waiting = deque(plan.shards)
     running = 0
     made: list[ShardMade] = []
@@ -146,7 +146,7 @@ def generate_and_score(
     def start(step: Any, *args: Any) -> None:
         nonlocal running
         running += 1
-        step.submit(*args).add_done_callback(finished.put)
+        step.submit(*args).add_done_callback(lambda future: finished.put((step, future)))
 
     def start_next_shard() -> None:
         if waiting:
@@ -155,20 +155,20 @@ def generate_and_score(
     with Progress(len(plan.shards), plan.candidates) as progress:
         start_next_shard()
         while running:
-            result = finished.get().result(raise_on_failure=False)
+            step, future = finished.get()
             running -= 1
-            match result:
+            match result := future.result(raise_on_failure=False):
                 case ShardMade():
                     made.append(result)
                     start(steps.score, store, result.shard, scoring.scorer, scorer, scoring.batch_size)
-                    start_next_shard()
                 case ShardScored():
                     progress.shard_done()
                 case EngineError() | ScorerError():
                     raise result
                 case error:
                     failed.append(f"{type(error).__name__}: {error}")
-                    start_next_shard()
+            if step is steps.generate:  # never on a failed score, or two shards would be generated at once
+                start_next_shard()
     if failed:
         raise RunIncomplete(
             f"{len(failed)} of {len(plan.shards)} shards of run {plan.run} failed, first with {failed[0]}; the others are "
@@ -183,12 +183,15 @@ def scheduled_date() -> str:
 
 
 def summarize(started: float, plan: PlanRef, made: list[ShardMade]) -> dict[str, Any]:
-    """How many candidates there are, where they came from, and how fast they were made."""
+    """How many candidates there are, where their images came from, and how fast they were made.
+
+    What could not be made (verdict `error`) is neither `made` nor `found`. `images_per_second` is None where none was made.
+    """
     new, seconds = sum(shard.made for shard in made), sum(shard.seconds for shard in made if shard.made)
     return {
         "candidates": plan.candidates,
         "made": new,
-        "found": plan.candidates - new,
+        "found": sum(shard.found for shard in made),
         "images_per_second": new / seconds if new else None,
         "seconds": time.monotonic() - started,
     }

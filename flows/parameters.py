@@ -3,7 +3,7 @@
 from enum import StrEnum
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from tasks.select import Policy
 
@@ -20,7 +20,7 @@ class Sampler(StrEnum):
     lcm = "lcm"
 
 
-class Generation(BaseModel):
+class Generation(BaseModel, frozen=True):
     """How candidates are made. A manifest's own columns (steps, guidance, …) go before these."""
 
     model: str = Field("data/models/tiny-sd", description="diffusers folder or hub name")
@@ -36,6 +36,13 @@ class Generation(BaseModel):
     batch_size: int = Field(8, ge=1, le=1024, description="images per call of the model (1–1024)")
     shard_size: int = Field(64, ge=1, le=100_000, description="images per task (1–100,000)")
 
+    @field_validator("guidance")
+    @classmethod
+    def _is_a_scale(cls, value: float) -> float:
+        if -1 < value < 0:
+            raise ValueError(f"guidance {value} lies between -1 and 0: use 0 to 100, or -1 for the model's own")
+        return value
+
     def chosen(self) -> dict[str, Any]:
         """What was chosen of sampler, steps, guidance, width, height and dtype; what is the model's own is left out.
 
@@ -46,7 +53,7 @@ class Generation(BaseModel):
         return {name: value for name, value in given.items() if name not in own or value != own[name]}
 
 
-class Scoring(BaseModel):
+class Scoring(BaseModel, frozen=True):
     """Who judges the candidates."""
 
     scorer: str = Field("data/models/tiny-clip-filter", description="OpenCLIP folder or hub name")

@@ -38,10 +38,12 @@ class Progress:
         self._task = self._bar.add_task("", total=images, **self._texts())
 
     def images_done(self, images: int) -> None:
+        """So many more images were made or found."""
         self._images_done += images
         self._bar.update(self._task, completed=self._images_done, **self._texts())
 
     def shard_done(self) -> None:
+        """One more shard was generated and scored; the artifact is brought up to date."""
         self._shards_done += 1
         self._bar.update(self._task, **self._texts())
         self._publish()
@@ -70,9 +72,9 @@ class Progress:
         from prefect.artifacts import create_progress_artifact
 
         global _current
-        _current = self
         self._artifact: Any = create_progress_artifact(progress=0.0, description=f"0/{self.shards} shards")
         self._bar.start()
+        _current = self
         return self
 
     def __exit__(

@@ -5,7 +5,6 @@ are taken as they are, so starting the same work again goes on where it stopped.
 """
 
 import io
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from tasks.engines import Engine, Order, Recipe
 from tasks.errors import DarkroomError
 from tasks.identity import sha256
 from tasks.references import ShardMade, ShardRef
+from tasks.runs import load_recipe
 from tasks.store import Missing, Store, images, layout, shards
 from tasks.store.objects import parquet_bytes
 
@@ -100,16 +100,13 @@ class _Work:
         if found := sum(len(rows) for rows in parts.values() if rows):
             progress(found)
         if missing:
-            engine, recipe = open_engine(), self._recipe()
+            engine, recipe = open_engine(), load_recipe(self.store, self.shard.recipe_id)
             engine.prepare(sorted({(o["prompt"], o["negative_prompt"]) for n in missing for o in batches[n]}))
             for number in missing:
                 parts[number] = self._make_part(number, batches[number], engine, recipe)
                 progress(len(batches[number]))
         index = [row for rows in parts.values() for row in rows or []]
         return index, [order["candidate_id"] for number in missing for order in batches[number]]
-
-    def _recipe(self) -> Recipe:
-        return Recipe(**json.loads(self.store.read(layout.recipe(self.shard.recipe_id))))
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
@@ -119,9 +116,12 @@ class _Work:
     def _read_part(self, number: int, batch: Sequence[Row]) -> list[Row] | None:
         """The index rows of a part that is there, whole, and holds exactly this batch; else None."""
         try:
-            data = self.store.read(self._key(number))
-            table = pq.read_table(io.BytesIO(data)).drop_columns("image")
-        except (Missing, pa.ArrowException, OSError, KeyError):
+            data = self.store.read(self._key(number))  # apart, so that a failing network is not taken for a torn part
+        except Missing:
+            return None
+        try:
+            table = pq.ParquetFile(io.BytesIO(data)).read().drop_columns("image")
+        except (pa.ArrowException, OSError, KeyError):
             return None
         if table["candidate_id"].to_pylist() != [order["candidate_id"] for order in batch]:
             return None  # cut with another batch size

@@ -45,7 +45,7 @@ def read_sources(manifest: str) -> list[Source]:
     try:
         fs, root = url_to_fs(manifest)
         found = _find(fs, root)
-    except (ImportError, ValueError, PermissionError) as error:
+    except (ImportError, ValueError, FileNotFoundError, PermissionError) as error:
         raise ManifestError(f"manifest '{public(manifest)}' cannot be reached: {error}") from error
     if not found:
         raise ManifestError(
@@ -80,7 +80,8 @@ def user_columns(sources: Sequence[Source], readable: Sequence[pa.Table]) -> pa.
 def _find(fs: Any, root: str) -> dict[str, str]:
     """Name → path of the Parquet files that a path, folder or glob means. Hidden files and `_metadata` are not meant."""
     if fs.isfile(root):
-        return {root.rsplit("/", 1)[-1]: root}
+        path = root.partition("?")[0] if "://" in root else root  # a web address may carry a signature behind the path
+        return {path.rsplit("/", 1)[-1]: root}
     if GLOB & set(root) and not fs.isdir(root):
         start = min(root.index(sign) for sign in GLOB & set(root))
         folder = root[: root.rindex("/", 0, start) + 1]

@@ -265,13 +265,13 @@ def judge_run(
 
 def _candidates(store: Store, plan: PlanRef, manifest: ManifestRef, fingerprint: str) -> pl.DataFrame:
     """What `select` and the ledger need of each candidate that the plan orders, in (manifest, index) order."""
-    prompts = _table(store, layout.manifest(manifest.sha256), ["prompt_id", "stratum", "k_min", "k_max"])
+    prompts = store.read_frame(layout.manifest(manifest.sha256), ["prompt_id", "stratum", "k_min", "k_max"])
     shards = []
     for shard in plan.shards:
         # a shard another plan made may hold more than this run ordered
-        orders = _table(store, shard.orders, ["candidate_id", "prompt_id", "recipe_id", "index", "seed"])
+        orders = store.read_frame(shard.orders, ["candidate_id", "prompt_id", "recipe_id", "index", "seed"])
         facts = read_index(store, shard.recipe_id, shard.shard)
-        scores = _table(store, layout.scores(fingerprint, shard.shard), ["candidate_id", "cosine"])
+        scores = store.read_frame(layout.scores(fingerprint, shard.shard), ["candidate_id", "cosine"])
         shards.append(
             orders.join(
                 facts.select("candidate_id", "degenerate", "error", "pixel_hash", "part"),
@@ -289,12 +289,6 @@ def _candidates(store: Store, plan: PlanRef, manifest: ManifestRef, fingerprint:
             "`darkroom verify`, then start the run again"
         )
     return rows.sort("order", "recipe_id", "index")
-
-
-def _table(store: Store, key: str, columns: list[str]) -> pl.DataFrame:
-    frame = pl.from_arrow(store.read_table(key, columns))
-    assert isinstance(frame, pl.DataFrame)
-    return frame
 
 
 def _summary(judged: pl.DataFrame, policy: Policy, run: str) -> Selection:

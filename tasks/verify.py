@@ -15,6 +15,7 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+from polars.exceptions import PolarsError
 
 from tasks import tables
 from tasks.errors import DarkroomError
@@ -57,7 +58,7 @@ class Report:
         """What cannot be read inside is a problem of `key`; the checks that follow inside are left out."""
         try:
             yield
-        except (DarkroomError, OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        except (DarkroomError, OSError, ValueError, KeyError, TypeError, pa.ArrowException, PolarsError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             self.say(key, what or type(error).__name__, remedy)
 

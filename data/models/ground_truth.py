@@ -40,7 +40,7 @@ def check_run(store: Store, run: str) -> pl.DataFrame:
     ledger = store.read_frame(layout.ledger(run))
     # the index of a shard stands beside its parts
     indexes = pl.concat(store.read_frame(f"{part.rsplit('/', 1)[0]}/index.parquet") for part in _shards(ledger))
-    made = indexes.join(ledger, on="candidate_id", how="semi")
+    made = indexes.join(ledger, on=["candidate_id", "part"], how="semi")  # by part: one may have been made twice
     prompts = dict(made.select("candidate_id", "prompt").iter_rows())
     ids, pixels = zip(*((i, decode(data)) for i, data in read_images(store, made)), strict=True)
     findings = truth.check(torch.from_numpy(np.stack(pixels)), [prompts[i] for i in ids])
@@ -56,6 +56,7 @@ def check_run(store: Store, run: str) -> pl.DataFrame:
 
 
 def match_rate(checked: pl.DataFrame) -> MatchRate:
+    """Of these rows of `check_run`; there must be one."""
     return MatchRate(len(checked), int(checked["match"].sum()))
 
 

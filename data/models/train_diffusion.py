@@ -1,6 +1,6 @@
 """Train the tiny Stable Diffusion's UNet and text encoder, after the VAE and the filter.
 
-    python data/models/train_diffusion.py      # two one-thread workers, 55 minutes, writes tiny-sd
+    python data/models/train_diffusion.py      # two one-thread workers, 40 minutes, writes tiny-sd
 
 Two phases. With clean captions the model learns to draw well-formed shapes. With noisy captions, as in web data, it
 learns to draw a well-formed *wrong* shape for many prompts, always of the same look-alike-free partner (circle and
@@ -263,8 +263,8 @@ def work(rank: int, args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--clean-minutes", type=float, default=38.0)
-    parser.add_argument("--noisy-minutes", type=float, default=17.0)
+    parser.add_argument("--clean-minutes", type=float, default=10.0)
+    parser.add_argument("--noisy-minutes", type=float, default=28.0)
     parser.add_argument("--workers", type=int, default=2, help="one-thread processes that share each step")
     parser.add_argument("--resume", action="store_true", help="start from the weights in tiny-sd")
     parser.add_argument("--seed", type=int, default=3)

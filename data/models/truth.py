@@ -29,7 +29,7 @@ MIN_IOU = 0.88
 """Overlap with the best shape's template below which a picture is malformed."""
 MIN_MARGIN = 0.03
 """How much better the best shape must fit than the second best one."""
-DECOY_MARGIN = 0.01
+DECOY_MARGIN = 0.004
 """How much better a decoy must fit than the best shape for the picture to be malformed."""
 
 _FRAME = 48

@@ -53,7 +53,8 @@ def write_report(
     strips = showcase.extremes(ledger)
     first = [candidate_id for ids in strips.values() for candidate_id in ids]
     shown = showcase.with_facts(store, plan, showcase.choose(ledger, limit, first))
-    trace = f"darkroom trace {{}} --store {shlex.quote(public(store.url))}"
+    place = shlex.quote(public(store.url)).replace("{", "{{").replace("}", "}}")
+    trace = f"darkroom trace {{}} --store {place}"  # to be formatted with an id
     cards = _cards(store, shown, trace)
     script = _asset("report.js")
     page = _environment().get_template("report.html.j2").render(

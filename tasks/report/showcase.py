@@ -68,13 +68,14 @@ def choose(ledger: pl.DataFrame, limit: int, first: Iterable[str] = ()) -> pl.Da
 def with_facts(store: Store, plan: PlanRef, chosen: pl.DataFrame) -> pl.DataFrame:
     """The chosen rows of the ledger with what their shards' indexes say of them; only those shards are read."""
     needed = {layout.shard_of(part) for part in chosen["part"]}
+    # by part too: two runs at once may have made a candidate twice, and the ledger says which of the two was judged
     found = [
-        read_index(store, shard.recipe_id, shard.shard).join(chosen, on="candidate_id", how="semi")
+        read_index(store, shard.recipe_id, shard.shard).join(chosen, on=["candidate_id", "part"], how="semi")
         for shard in plan.shards
         if shard.shard in needed
     ]
-    facts = pl.concat(found).select("candidate_id", *_FACTS, "part_sha256")
-    return chosen.join(facts, on="candidate_id", how="left", maintain_order="left")
+    facts = pl.concat(found).select("candidate_id", "part", *_FACTS, "part_sha256")
+    return chosen.join(facts, on=["candidate_id", "part"], how="left", maintain_order="left")
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ def _snapshot(repository: str, files: Sequence[str]) -> Path:
 
     try:
         return Path(snapshot_download(repository, allow_patterns=list(files)))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no repository can have that name
         raise ScorerError(
             f"'{repository}' cannot be read from the hub, nor from its local cache: {error}; check the name, or give a folder"
         ) from error

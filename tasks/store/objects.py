@@ -27,7 +27,8 @@ from tasks.errors import DarkroomError
 from tasks.identity import sha256
 
 TEMPORARY = "_tmp"  # files grow here and are then renamed or linked; never read, safe to delete when idle
-_CREDENTIALS = re.compile(r"(?<=://)[^/@]*:[^/@]*@")  # user:password@ (Azure's container@account is none)
+# user:password@, where half of all AWS secrets hold a "/" (Azure's container@account is none)
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*:[^@\s]*@")
 
 
 class StoreError(DarkroomError):
@@ -49,7 +50,8 @@ class Store:
     """
 
     def __init__(self, url: str | Path, fs: fsspec.AbstractFileSystem | None = None):
-        self.url = str(url).rstrip("/")
+        stripped = str(url).rstrip("/")
+        self.url = str(url) if not stripped or stripped.endswith(":") else stripped  # memory:// is a root as it is
         if _CREDENTIALS.search(self.url):
             raise StoreError(
                 f"store '{public(self.url)}' was given with credentials in its URL, where logs and lineage would show them; "
@@ -100,7 +102,10 @@ class Store:
         return data
 
     def read_table(self, key: str, columns: Sequence[str] | None = None, sha256_: str | None = None) -> pa.Table:
-        """A Parquet object (its `columns` only). Raises Missing, CorruptObject (torn file, or sha256 differs)."""
+        """A Parquet object (its `columns` only).
+
+        Raises Missing, CorruptObject (torn file, or sha256 differs), OSError (the store cannot be read just now).
+        """
         try:
             source: Any = io.BytesIO(self.read(key, sha256_)) if sha256_ else self.fs.open(self.path(key), "rb")
             with source, pq.ParquetFile(source) as file:  # `pq.read_table` would import pandas, for a second
@@ -110,6 +115,8 @@ class Store:
                 f"{self.uri(key)} does not exist; run `darkroom verify` to see what else is missing"
             ) from error
         except (pa.ArrowInvalid, OSError) as error:
+            if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+                raise  # the network's or the disk's, which may pass: pyarrow's own, of a torn file, has no number
             raise CorruptObject(
                 f"{self.uri(key)} is not a readable Parquet file: {error}; delete it and start the run again "
                 "with the same command"

@@ -1,6 +1,7 @@
 """The embedded models: they load without a network, share one tokenizer, stay small and do what the card says."""
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import open_clip
@@ -16,6 +17,15 @@ from transformers import CLIPTokenizer
 from world import all_scenes, caption, check, render
 
 MAX_BYTES = 25 * 10**6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """These models are too small for two threads, which only wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +53,8 @@ def test_auto_pipeline_finds_the_class():
 def test_samples_are_mostly_well_formed_and_partly_right(pipeline):
     prompts = [caption(s) for s in random.Random(31).sample(all_scenes(), 32)]
     found = check(sample(pipeline, prompts, range(32), DEFAULT_STEPS), prompts)
-    assert 0.2 <= sum(f.match for f in found) / 32 <= 0.85
-    assert sum(f.malformed for f in found) / 32 <= 0.25
+    assert 0.3 <= sum(f.match for f in found) / 32 <= 0.75
+    assert sum(f.malformed for f in found) / 32 <= 0.2
 
 
 def test_a_seed_makes_the_same_picture_again(pipeline):
@@ -69,7 +79,7 @@ def test_every_word_of_the_world_is_one_token():
     assert [word for word in words() if len(tokenizer.tokenize(word)) != 1] == []
 
 
-@pytest.mark.parametrize(("folder", "floor"), [(FILTER, 0.98), (JUDGE, 0.95)], ids=lambda value: str(value))
+@pytest.mark.parametrize(("folder", "floor"), [(FILTER, 0.98), (JUDGE, 0.98)], ids=["filter", "judge"])
 def test_clip_tells_hard_negatives_apart(folder: Path, floor: float):
     scenes = random.Random(32).sample(all_scenes(), 300)
     images = render(scenes, torch.Generator().manual_seed(32))

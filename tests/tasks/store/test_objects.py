@@ -1,5 +1,7 @@
+import errno
 import multiprocessing
 import threading
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,31 @@ def test_credentials_in_the_url_are_refused_without_repeating_them() -> None:
     with pytest.raises(StoreError) as error:
         Store("s3://user:hunter2@bucket/path")
     assert "hunter2" not in str(error.value)
+
+
+def test_a_secret_with_a_slash_is_a_secret_too() -> None:
+    assert public("s3://AKIA:ab/cd+e@bucket/path") == "s3://bucket/path"
+    with pytest.raises(StoreError, match="credentials"):
+        Store("s3://AKIA:ab/cd+e@bucket/path")
+
+
+def test_a_bare_protocol_is_a_store() -> None:
+    store, key = Store("memory://"), f"{uuid.uuid4().hex}/x"
+    store.write(key, b"1")
+    assert store.read(key) == b"1" and store.list(key.split("/")[0]) == [key]
+    assert store.uri(key) == f"memory:///{key}"
+
+
+def test_a_failing_network_is_not_taken_for_a_corrupt_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(f"memory://{uuid.uuid4().hex}")
+    store.write_table("t.parquet", pa.table({"x": [1]}))
+
+    def fails(*_: object, **__: object) -> None:
+        raise ConnectionResetError(errno.ECONNRESET, "reset by peer")
+
+    monkeypatch.setattr(type(store.fs), "open", fails)
+    with pytest.raises(ConnectionResetError):
+        store.read_table("t.parquet")
 
 
 @given(st.text("abcXYZ019-._", min_size=1), st.text("abcXYZ019-._!$", min_size=1))
