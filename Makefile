@@ -14,7 +14,11 @@ install: .venv/.installed
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade uv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable .
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable . --group dev
 	touch $@
 
@@ -24,12 +28,12 @@ demo: install  ## the demo manifest becomes a release; then the ground truth say
 
 test: check unit
 
-check: install
+check: .venv/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-unit: install  ## PYTEST="-m 'not slow'" leaves the long ones out
+unit: .venv/.installed-dev  ## PYTEST="-m 'not slow'" leaves the long ones out
 	$(BIN)/python -m pytest -q $(PYTEST)
 
 serve: install  ## server, work pool, worker and deployments on this machine; Ctrl-C stops them all

@@ -132,10 +132,21 @@ class _errors:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            return
         from tasks.errors import DarkroomError
+        from tasks.store.objects import may_pass, public
 
         if isinstance(error, DarkroomError):
             typer.secho(f"\ndarkroom: {error}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(1) from error
+        if isinstance(error, Exception) and (isinstance(error, OSError) or may_pass(error)):
+            typer.secho(
+                f"\ndarkroom: {type(error).__name__}: {public(str(error))}. If that is the store: is it reachable, and are its "
+                "credentials in the environment? What was finished is kept; the same command goes on from there.",
+                fg=typer.colors.RED,
+                err=True,
+            )
             raise typer.Exit(1) from error
         if isinstance(error, KeyboardInterrupt):
             typer.echo("\ndarkroom: stopped. What was finished is kept; the same command goes on from there.", err=True)

@@ -21,7 +21,7 @@ from flows.progress import Progress
 from tasks.engines import EngineError, Recipe
 from tasks.errors import DarkroomError
 from tasks.lineage import Events
-from tasks.references import PlanRef, ShardMade, ShardScored
+from tasks.references import PlanRef, ShardMade, ShardRef, ShardScored
 from tasks.release import ReleaseError, check_name
 from tasks.scorers import ScorerError
 from tasks.store import Store, layout
@@ -79,6 +79,7 @@ def nightly(
             "edition": edition,
             "recipe": recipe.identity(),
             "candidates": generation.candidates,
+            "batch_size": generation.batch_size,
             "scorer": scorer,
             "policy": policy.model_dump(mode="json"),
         },
@@ -135,38 +136,44 @@ def generate_and_score(
 ) -> list[ShardMade]:
     """Generate shard after shard, and score each as soon as it is made, while the next one is generated.
 
-    A shard that fails does not stop the others. Raises RunIncomplete at the end, or at once an error all shards share.
+    A shard that fails does not stop the others; a recipe the engine cannot follow is not tried again. Raises RunIncomplete
+    at the end, ScorerError at once.
     """
-    finished: SimpleQueue[tuple[Any, PrefectFuture]] = SimpleQueue()
+    finished: SimpleQueue[tuple[Any, ShardRef, PrefectFuture]] = SimpleQueue()
     waiting = deque(plan.shards)
     running = 0
     made: list[ShardMade] = []
     failed: list[str] = []
+    hopeless: dict[str, str] = {}  # recipe → why
 
-    def start(step: Any, *args: Any) -> None:
+    def start(step: Any, shard: ShardRef, *args: Any) -> None:
         nonlocal running
         running += 1
-        step.submit(*args).add_done_callback(lambda future: finished.put((step, future)))
+        step.submit(store, shard, *args).add_done_callback(lambda future: finished.put((step, shard, future)))
 
     def start_next_shard() -> None:
+        while waiting and waiting[0].recipe_id in hopeless:
+            failed.append(hopeless[waiting.popleft().recipe_id])
         if waiting:
-            start(steps.generate, store, plan.run, waiting.popleft(), recipe, batch_size)
+            start(steps.generate, waiting.popleft(), plan.run, recipe, batch_size)
 
     with Progress(len(plan.shards), plan.candidates) as progress:
         start_next_shard()
         while running:
-            step, future = finished.get()
+            step, shard, future = finished.get()
             running -= 1
             match result := future.result(raise_on_failure=False):
                 case ShardMade():
                     made.append(result)
-                    start(steps.score, store, result.shard, scoring.scorer, scorer, scoring.batch_size)
+                    start(steps.score, shard, scoring.scorer, scorer, scoring.batch_size)
                 case ShardScored():
                     progress.shard_done()
-                case EngineError() | ScorerError():
+                case ScorerError():
                     raise result
                 case error:
                     failed.append(f"{type(error).__name__}: {error}")
+                    if isinstance(error, EngineError):
+                        hopeless[shard.recipe_id] = failed[-1]
             if step is steps.generate:  # never on a failed score, or two shards would be generated at once
                 start_next_shard()
     if failed:

@@ -15,20 +15,18 @@ from prefect.states import State
 
 from flows import progress
 from tasks.engines import Recipe
-from tasks.errors import DarkroomError
 from tasks.references import ManifestRef, PlanRef, ReleaseRef, Selection, ShardMade, ShardRef, ShardScored
 from tasks.select import Policy
 from tasks.store import Store
+from tasks.store.objects import may_pass
 
 
-def may_pass(task: Any, run: TaskRun, state: State) -> bool:
-    """Whether a failure may go away by itself: the network's and the disk's may, those Darkroom names do not."""
-    error = state.result(raise_on_failure=False)
-    return isinstance(error, OSError) and not isinstance(error, DarkroomError)
+def worth_another_try(task: Any, run: TaskRun, state: State) -> bool:
+    return may_pass(state.result(raise_on_failure=False))
 
 
 step: Callable[..., Any] = functools.partial(
-    task, cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[1, 10], retry_condition_fn=may_pass
+    task, cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[1, 10], retry_condition_fn=worth_another_try
 )
 
 
@@ -60,7 +58,7 @@ def plan(store: str, manifest: ManifestRef, run: str, recipe: Recipe, candidates
 
 
 @step(name="generate", task_run_name="generate {shard.shard}", tags=["gpu"])
-def generate(store: str, run: str, shard: ShardRef, recipe: Recipe, batch_size: int) -> ShardMade:
+def generate(store: str, shard: ShardRef, run: str, recipe: Recipe, batch_size: int) -> ShardMade:
     from tasks.engines import open_engine
     from tasks.generate import generate_shard
 

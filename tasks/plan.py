@@ -23,6 +23,7 @@ from tasks.store import Store, layout
 OVERRIDES = ("width", "height", "steps", "guidance", "sampler")  # a manifest's columns that change the recipe
 SLICE = 250_000  # candidates worked on at once
 THREADS = 16  # objects read or written at once: a remote store takes tens of milliseconds for each
+EDITION_STRIDE = 100_000  # more candidates than a prompt may have in all rounds of an edition
 KEY_DIGITS = 12  # of the content's digest, in the name of an orders file
 
 
@@ -46,8 +47,8 @@ def plan(
     """Plan a round of a run; if it is planned already, return that plan.
 
     `defaults` and `n_candidates` hold where a prompt has no value of its own; `shard_size` is rounded up to whole batches.
-    With edition "" a prompt's candidates count from 0, and those that exist are reused. With any other they go on from the
-    highest index that a finished shard holds of the same prompt and recipe, so that all are new.
+    A prompt's candidates count from 0, and in each further edition from a place of its own (`first_index`), so that all are
+    new; what exists, made by whatever run, is reused.
 
     `check` is called with each recipe before anything is made of it, and raises where no engine could follow it.
 
@@ -62,15 +63,15 @@ def plan(
     }
     if not store.exists(commit):
         size = -(-shard_size // batch_size) * batch_size
+        first = first_index(store, edition)
         shards: list[ShardRef] = []
         for recipe, prompts in _by_recipe(_read_prompts(store, manifest, n_candidates), defaults):
             check(recipe)
             _describe(store, recipe)
+            prompts = prompts.with_columns(first=pl.lit(first, pl.Int32))
             found = _find_made(store, recipe.recipe_id, prompts)
-            if edition:
-                prompts, found = _after(prompts, found), found.clear()
             for block in chain(_reused(prompts, found), _new(prompts, found, size)):
-                shards += _write_orders(store, run, round, len(shards), recipe.recipe_id, block)
+                shards += _write_orders(store, run, round, len(shards), recipe.recipe_id, batch_size, block)
         planned = {**asdict(PlanRef(run, round, tuple(shards))), "asked": asked}
         store.create(commit, json.dumps(planned, indent=1).encode())
     # What is committed counts: where another process planned this round in the meantime, its plan is the plan.
@@ -92,16 +93,27 @@ def _plan_ref(committed: dict[str, Any]) -> PlanRef:
     return PlanRef(committed["run"], committed["round"], tuple(ShardRef(**shard) for shard in committed["shards"]))
 
 
+def first_index(store: Store, edition: str) -> int:
+    """Where the candidates of an edition begin to count: "" at 0, the n-th other edition of a store at n · EDITION_STRIDE.
+
+    An edition keeps its number for good, so planning it again, after a stop or under another policy, means the same images.
+    """
+    if not edition:
+        return 0
+    number, claim = 1, json.dumps({"edition": edition}, ensure_ascii=False).encode()
+    while not store.create(layout.edition(number), claim) and store.read(layout.edition(number)) != claim:
+        number += 1
+    return number * EDITION_STRIDE
+
+
 # --- what is wanted --------------------------------------------------------------------------------------------------
 
 
 def _read_prompts(store: Store, manifest: ManifestRef, n_candidates: int) -> pl.DataFrame:
-    """`number` (place in the manifest), prompt, OVERRIDES, and the candidates wanted: `n` of them from index `first`."""
+    """`number` (place in the manifest), prompt, OVERRIDES, and how many candidates are wanted, `n`."""
     columns = ["prompt_id", "prompt", "negative_prompt", *OVERRIDES, "n_candidates"]
     prompts = store.read_frame(layout.manifest(manifest.sha256), columns)
-    return prompts.with_row_index("number").with_columns(
-        n=pl.col("n_candidates").fill_null(n_candidates), first=pl.lit(0, pl.Int32)
-    )
+    return prompts.with_row_index("number").with_columns(n=pl.col("n_candidates").fill_null(n_candidates))
 
 
 def _by_recipe(prompts: pl.DataFrame, defaults: Recipe) -> Iterator[tuple[Recipe, pl.DataFrame]]:
@@ -165,14 +177,6 @@ def _read_index(store: Store, recipe_id: str, shard: str) -> pl.DataFrame:
     return index.with_columns(shard=pl.lit(shard, pl.Categorical))
 
 
-def _after(prompts: pl.DataFrame, found: pl.DataFrame) -> pl.DataFrame:
-    """The prompts, wanting candidates from behind the last one found."""
-    behind = found.group_by("number").agg(behind=pl.col("index").max() + 1)
-    return prompts.join(behind, on="number", how="left", maintain_order="left").with_columns(
-        first=pl.col("behind").fill_null(0)
-    )
-
-
 # --- blocks of orders ------------------------------------------------------------------------------------------------
 # A block is a slice of the wanted candidates: `prompt_id`, prompt, `index`, and `cut`, which is equal within a shard. A block
 # holds whole shards. `shard` names the shard they were found in.
@@ -213,9 +217,11 @@ def _reused(prompts: pl.DataFrame, found: pl.DataFrame) -> Iterator[pl.DataFrame
 
 
 def _write_orders(
-    store: Store, run: str, round: int, number: int, recipe_id: str, block: pl.DataFrame
+    store: Store, run: str, round: int, number: int, recipe_id: str, batch_size: int, block: pl.DataFrame
 ) -> list[ShardRef]:
     """Write a block's orders, one table a shard, the first of them with this number.
+
+    The batch size is part of a shard's identity: its parts are its batches, and an image may vary with the size of its own.
 
     A file is named by its content as well as its number: while a round is planned twice at once, and the store changes in
     between, each plan still finds the orders it was committed with.
@@ -227,7 +233,7 @@ def _write_orders(
     )
     cuts = (
         named.group_by("cut", maintain_order=True)
-        .agg(pl.col("candidate_id").str.join(), pl.col("shard").first(), candidates=pl.len())
+        .agg((pl.col("candidate_id").str.join() + f"/{batch_size}"), pl.col("shard").first(), candidates=pl.len())
         .with_columns(content=identity.blake3(pl.col("candidate_id")))
         .select("content", "shard", "candidates", start=pl.col("candidates").cum_sum() - pl.col("candidates"))
     )

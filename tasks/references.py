@@ -22,7 +22,7 @@ class ShardRef:
     """
 
     recipe_id: str
-    shard: str  # digest of the candidate ids the shard holds, so equal work has an equal place in the store
+    shard: str  # digest of its candidate ids and batch size, so equal work has an equal place in the store
     orders: str
     candidates: int
     reused: bool = False

@@ -39,6 +39,11 @@ def report(run: str) -> str:
     return f"runs/{run}/report.html"
 
 
+def edition(number: int) -> str:
+    """Which edition has this number."""
+    return f"editions/{number:06d}.json"
+
+
 def recipe(recipe_id: str) -> str:
     return f"candidates/recipe={recipe_id}/recipe.json"
 

@@ -13,7 +13,7 @@ import threading
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 import polars as pl
@@ -192,6 +192,8 @@ class Store:
         if isinstance(self.fs, LocalFileSystem):
             temporary = f"{self._temporary_folder()}/{uuid.uuid4().hex}"
             self.fs.put_file(str(local), temporary)
+            with open(temporary, "rb") as file:
+                _to_disk(file)
             _make_parent(path)
             os.replace(temporary, path)
         else:
@@ -210,10 +212,27 @@ class Store:
         path = f"{self._temporary_folder()}/{uuid.uuid4().hex}"
         with open(path, "xb") as file:
             file.write(data)
+            _to_disk(file)
         return path
 
 
+BACKENDS = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs"}  # whose network errors are no OSError
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether a failure may go away by itself: the network's and the disk's may; what is refused or not there will not."""
+    if isinstance(error, DarkroomError | FileNotFoundError | PermissionError):
+        return False
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in BACKENDS
+
+
 _memory_lock = threading.Lock()
+
+
+def _to_disk(file: BinaryIO) -> None:
+    """Before a file gets its name, its bytes are on the disk: a power cut must not leave a name without content."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _make_parent(path: str) -> None:

@@ -1,5 +1,6 @@
 """`make serve`, and a run started from the form of the Prefect UI in a real browser."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -55,7 +56,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 time.sleep(0.5)
             yield f"http://127.0.0.1:{port}"
         finally:
-            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(ProcessLookupError):  # it may have ended, and then its log says why
+                os.killpg(process.pid, signal.SIGINT)
             process.wait(60)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tasks import identity, tables
 from tasks import plan as planning
 from tasks.engines import Recipe
-from tasks.plan import PlanConflict, load_plan, plan
+from tasks.plan import PlanConflict, first_index, load_plan, plan
 from tasks.references import ManifestRef, PlanRef, ShardRef
 from tasks.store import Missing, Store, layout
 from tests.tasks.test_identity import CIRCLE, GOLDEN, RECIPE, RECIPE_ID
@@ -88,7 +88,7 @@ def test_shards_are_cut_in_order_and_a_prompts_candidates_stay_together(store):
     assert rows["candidate_id"].is_unique().all() and rows["seed"].is_unique().all()
     for shard in planned.shards:
         ids = orders(store, shard)["candidate_id"].to_list()
-        assert shard.shard == pl.select(identity.blake3(pl.lit("".join(ids)))).item()
+        assert shard.shard == pl.select(identity.blake3(pl.lit("".join(ids) + "/2"))).item()
         assert not shard.reused
 
 
@@ -162,7 +162,7 @@ def test_a_planner_that_lost_the_race_takes_the_committed_plan_and_harms_none_of
     assert plan(store, ref, "run", RECIPE, 3, **SIZES) == winner[0]
     for shard in winner[0].shards:
         ids = orders(store, shard)["candidate_id"].to_list()
-        assert shard.shard == pl.select(identity.blake3(pl.lit("".join(ids)))).item()
+        assert shard.shard == pl.select(identity.blake3(pl.lit("".join(ids) + f"/{SIZES['batch_size']}"))).item()
 
 
 def test_many_planners_at_once_agree(tmp_path):
@@ -227,17 +227,30 @@ def test_a_candidate_that_two_shards_hold_is_wanted_once(store):
     assert len(wanted(store, plan(store, ref, "three", RECIPE, 2, **SIZES))) == 4
 
 
-def test_editions_count_on_from_what_the_store_holds(store):
+def test_every_edition_makes_images_of_its_own_and_keeps_them(store):
     ref = manifest(store, ["a", "b"], n_candidates=[None, 1])
-    make(store, *plan(store, ref, "monday", RECIPE, 2, **SIZES).shards)
+    make(store, *plan(store, ref, "first", RECIPE, 2, **SIZES).shards)
     tuesday = plan(store, ref, "tuesday", RECIPE, 2, edition="tuesday", **SIZES)
-    assert wanted(store, tuesday).select("prompt", "index").rows() == [("a", 2), ("a", 3), ("b", 1)]
-    make(store, *tuesday.shards)
-    more = manifest(store, ["b", "c"])
-    wednesday = plan(store, more, "wednesday", RECIPE, 2, edition="wednesday", **SIZES)
-    assert wanted(store, wednesday).select("prompt", "index").rows() == [("b", 2), ("b", 3), ("c", 0), ("c", 1)]
+    first = first_index(store, "tuesday")
+    assert wanted(store, tuesday).select("prompt", "index").rows() == [("a", first), ("a", first + 1), ("b", first)]
+
+    # not yet made, perhaps killed: the next edition keeps clear of it all the same
+    wednesday = plan(store, manifest(store, ["b", "c"]), "wednesday", RECIPE, 2, edition="wednesday", **SIZES)
     assert not any(shard.reused for shard in wednesday.shards)
-    assert plan(store, ref, "tuesday", RECIPE, 2, edition="tuesday", **SIZES) == tuesday
+    assert set(wanted(store, wednesday)["candidate_id"]).isdisjoint(wanted(store, tuesday)["candidate_id"])
+
+    make(store, *tuesday.shards)
+    again = plan(store, ref, "tuesday, another policy", RECIPE, 2, edition="tuesday", **SIZES)
+    assert all(shard.reused for shard in again.shards)
+    assert set(wanted(store, again)["candidate_id"]) == set(wanted(store, tuesday)["candidate_id"])
+
+
+def test_another_batch_size_makes_shards_of_its_own(store):
+    """An image may vary with the size of its batch, and a part is a batch: the two must not write over each other."""
+    ref = manifest(store, ["a", "b"])
+    sizes = [{"shard_size": 4, "batch_size": size} for size in (2, 4)]
+    two, four = (plan(store, ref, f"{size}", RECIPE, 2, **size).shards for size in sizes)
+    assert two[0].shard != four[0].shard
 
 
 COUNTS = st.lists(st.integers(1, 5), min_size=1, max_size=6)
