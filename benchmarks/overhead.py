@@ -4,6 +4,7 @@
 (b) the flow from manifest to release: PNG, CLIP, selection, ledger, dataset, lineage, report (timed inside the flow);
 (c) the script most people would write: one prompt a call, PNG with default settings, CLIP one image at a time.
 
+All three call the model from the same thread: with two, OpenMP would slow every one of them down (tasks/model_thread.py).
 (a) runs half before and half after (b), so that a machine that slows down slows both. (c) is measured on fewer images.
 
     python benchmarks/overhead.py [--candidates 3200] [--script-images 200]
@@ -29,6 +30,7 @@ from diffusers import StableDiffusionPipeline
 from flows.nightly import nightly
 from flows.parameters import Generation, Policy, Scoring
 from tasks.engines.diffusers import default_recipe
+from tasks.model_thread import on_model_thread
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "data/models"))  # the scripts there import each other by name
@@ -40,6 +42,7 @@ BATCH = 8
 PER_PROMPT = 5
 
 
+@on_model_thread
 def load_pipeline() -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline.from_pretrained(MODEL)
     pipe.set_progress_bar_config(disable=True)
@@ -50,6 +53,7 @@ def generators(first: int, n: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in range(first, first + n)]
 
 
+@on_model_thread
 def plain(pipe: StableDiffusionPipeline, prompts: list[str], images: int) -> float:
     """Seconds that (a) takes for so many images, encoding not counted."""
     recipe = default_recipe(MODEL)
@@ -83,6 +87,7 @@ def flow(folder: Path, prompts: list[str], images: int) -> float:
     return summary["seconds"]
 
 
+@on_model_thread
 def script(folder: Path, pipe: StableDiffusionPipeline, prompts: list[str], images: int) -> float:
     """Seconds that (c) takes."""
     recipe = default_recipe(MODEL)

@@ -1,4 +1,4 @@
-"""Making the images of a shard, batch by batch, so that killing it costs at most the batch in flight.
+"""Making the images of a shard, batch by batch, so that killing it costs at most the two batches in flight.
 
 Each batch becomes one part file; the shard's index, written last, makes them visible. Whatever parts a killed process left
 are taken as they are, so starting the same work again goes on where it stopped.
@@ -7,6 +7,7 @@ are taken as they are, so starting the same work again goes on where it stopped.
 import io
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -102,9 +103,12 @@ class _Work:
         if missing:
             engine, recipe = open_engine(), load_recipe(self.store, self.shard.recipe_id)
             engine.prepare(sorted({(o["prompt"], o["negative_prompt"]) for n in missing for o in batches[n]}))
-            for number in missing:
-                parts[number] = self._make_part(number, batches[number], engine, recipe)
-                progress(len(batches[number]))
+            # two at a time: while the engine makes one batch, the one before is encoded and written
+            with ThreadPoolExecutor(2) as threads:
+                made = threads.map(lambda number: self._make_part(number, batches[number], engine, recipe), missing)
+                for number, rows in zip(missing, made, strict=True):
+                    parts[number] = rows
+                    progress(len(batches[number]))
         index = [row for rows in parts.values() for row in rows or []]
         return index, [order["candidate_id"] for number in missing for order in batches[number]]
 

@@ -3,7 +3,6 @@
 Another engine is another file here with a class that has `Engine`'s members, and a line in `open_engine`.
 """
 
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tasks.errors import DarkroomError
 from tasks.identity import digest
+from tasks.model_thread import on_model_thread
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,16 +86,13 @@ class TokenLimit:
     negatives: bool = True  # whether negative prompts go through it too (through a scorer they never do)
 
 
+@on_model_thread
 def open_engine(model: str, dtype: str, batch_size: int) -> Engine:
     """The engine for a model, loaded at the first call and held: a process keeps one, that of its latest call.
 
     `dtype`: float32, bfloat16, float16 or auto. Threads may share it. Raises EngineError.
     """
-    with _opening:
-        return _open(model, dtype, batch_size)
-
-
-_opening = threading.Lock()
+    return _open(model, dtype, batch_size)
 
 
 @lru_cache(maxsize=1)

@@ -8,7 +8,6 @@ CPU, another number of threads: their sums are added up in another order.
 What needs no torch (`locate`, `model_digest`, `default_recipe`, `token_limits`) is in `models`, the samplers in `samplers`.
 """
 
-import threading
 from collections import deque
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from tasks.engines.models import (
     token_limits,
 )
 from tasks.engines.samplers import build_sampler
+from tasks.model_thread import on_model_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,21 +53,22 @@ class DiffusersEngine:
         self._finite = _watch_decoder(self._pipeline)
         self._embeddings: dict[str, tuple[torch.Tensor, ...]] = {}
         self._remembered: deque[set[str]] = deque(maxlen=SHARDS_REMEMBERED)
-        self._lock = threading.RLock()
 
+    @on_model_thread
     def prepare(self, prompts: Sequence[tuple[str, str]]) -> None:
         """Encode the distinct texts of the (prompt, negative prompt) pairs that a shard needs, once.
 
         Forgets those of earlier shards, except for the latest few. Raises EngineError: out of memory.
         """
         texts = {text for prompt, negative in prompts for text in self._texts(prompt, negative)}
-        with self._lock, _engine_errors(self.model):
+        with _engine_errors(self.model):
             self._remembered.append(texts)
             kept = set().union(*self._remembered)
             self._embeddings = {text: value for text, value in self._embeddings.items() if text in kept}
             for text in sorted(texts):
                 self._embed(text)
 
+    @on_model_thread
     def generate(self, orders: Sequence[Order], recipe: Recipe) -> Images:
         """Make 1 … batch_size images; a smaller batch is filled up with copies of its last order, which are dropped.
 
@@ -78,7 +79,7 @@ class DiffusersEngine:
 
         self._check(recipe, len(orders))
         padded = [*orders, *[orders[-1]] * (self.batch_size - len(orders))]
-        with self._lock, _engine_errors(self.model), torch.no_grad():
+        with _engine_errors(self.model), torch.no_grad():
             self._pipeline.scheduler = self._sampler(recipe)
             self._finite.clear()
             made = self._pipeline(

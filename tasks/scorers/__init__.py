@@ -7,10 +7,10 @@ another file here with a class that has `Scorer`'s members, and a line in `open_
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tasks.errors import DarkroomError
+from tasks.model_thread import on_model_thread
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,16 +49,13 @@ class Scorer(Protocol):
         """The tokens of each prompt, begin and end included, before truncation."""
 
 
-_opening = Lock()
-
-
+@on_model_thread
 def open_scorer(model: str, batch_size: int = 64) -> Scorer:
     """The scorer of that name, loaded once per process, after its known-answer check.
 
     Raises ScorerError: there is no such model, it has no weights, or it cannot tell simple pictures apart.
     """
-    with _opening:
-        return _opened(model, batch_size)
+    return _opened(model, batch_size)
 
 
 @lru_cache(maxsize=1)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from tasks.engines import TokenLimit
 from tasks.identity import digest, sha256_file
+from tasks.model_thread import on_model_thread
 from tasks.scorers import ScorerError, Scores, tokens
 
 if TYPE_CHECKING:
@@ -264,7 +264,6 @@ class OpenClipScorer:
         self._tokenize = _tokenizer(located)
         self._prepare = Preprocessing(**self._clip.visual.preprocess_cfg)
         self._texts: OrderedDict[str, torch.Tensor] = OrderedDict()
-        self._lock = Lock()
 
     @cached_property
     def known_answers(self) -> "np.ndarray":
@@ -272,10 +271,11 @@ class OpenClipScorer:
 
         return answers(self)
 
+    @on_model_thread
     def score(self, pixels: "np.ndarray", prompts: Sequence[str]) -> Scores:
         import torch
 
-        with self._lock, torch.inference_mode():
+        with torch.inference_mode():
             images = self._encode_images(pixels)
             texts = self._encode_texts(prompts)
         cosine = (images * texts).sum(dim=1).clamp(-1, 1)
