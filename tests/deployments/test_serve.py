@@ -119,10 +119,11 @@ def test_a_run_started_from_the_form_ends_in_a_release(server: str, browser: web
 
 def fill(browser: webdriver.Chrome, label: str, text: str) -> None:
     """Replace what stands in the text field with this label."""
-    named = WebDriverWait(browser, 60).until(
-        expected.presence_of_element_located((By.XPATH, f"//label[normalize-space()='{label} (Optional)']"))
+    field = WebDriverWait(browser, 60).until(
+        expected.element_to_be_clickable(
+            (By.XPATH, f"(//label[normalize-space()='{label} (Optional)']/following::textarea)[1]")
+        )
     )
-    field = browser.find_element(By.ID, str(named.get_attribute("for")))
     field.click()
     field.send_keys(Keys.CONTROL, "a")
     field.send_keys(text)
