@@ -111,15 +111,15 @@ def trace(
 def verify(store: StoreOption = "out/store") -> None:
     """Check every snapshot's files, sums and row counts, and that every verdict adds up. Exit 1 with the list of faults."""
     with _errors():
-        from tasks.store import Store
+        from tasks.store import Store, StoreError
         from tasks.verify import verify as check
 
         report = check(Store(store))
         for problem in report.problems:
             typer.echo(f"✗ {problem.key}: {problem.what}; {problem.remedy}", err=True)
-        checked = (
-            ", ".join(f"{count:,} {kind}" for kind, count in report.checked.items()) or "nothing: the store is empty"
-        )
+        if not report.checked and not report.problems:
+            raise StoreError(f"{Store(store)} holds nothing to verify: is it the right place? A run writes to --store")
+        checked = ", ".join(f"{count:,} {kind}" for kind, count in report.checked.items())
         typer.echo(f"checked {checked}: {f'{len(report.problems):,} problems' if report.problems else 'all is well'}")
         if report.problems:
             raise typer.Exit(1)
@@ -194,6 +194,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
         f"{summary['prompts']} prompts in {summary['strata']} strata"
         + "".join(f", {summary[n]} {words}" for n, words in MANIFEST_NOTES.items() if summary[n]),
     )
+    if summary["bad_rows"]:
+        table.add_row("bad rows", escape(summary["bad_rows_file"]))
     table.add_row(
         "candidates",
         f"{summary['candidates']}: {summary['made']} made now, {summary['found']} found in the store"

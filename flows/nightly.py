@@ -119,6 +119,7 @@ def nightly(
         "prompts": snapshot.prompts,
         "merged": snapshot.merged,
         "bad_rows": snapshot.bad_rows,
+        "bad_rows_file": Store(store).uri(layout.bad_rows(snapshot.sha256)) if snapshot.bad_rows else None,
         "strata": len(snapshot.strata),
         **summary,
         "seconds": time.monotonic() - started,

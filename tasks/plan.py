@@ -75,7 +75,7 @@ def plan(
         planned = {**asdict(PlanRef(run, round, tuple(shards))), "asked": asked}
         store.create(commit, json.dumps(planned, indent=1).encode())
     # What is committed counts: where another process planned this round in the meantime, its plan is the plan.
-    committed = json.loads(store.read(commit))
+    committed = store.read_json(commit)
     if committed["asked"] != asked:
         raise PlanConflict(
             f"run '{run}', round {round}, is planned for {committed['asked']}, but now asked for {asked}: start it under "
@@ -86,7 +86,7 @@ def plan(
 
 def load_plan(store: Store, run: str, round: int = 0) -> PlanRef:
     """The committed plan of a round. Raises Missing."""
-    return _plan_ref(json.loads(store.read(layout.plan(run, round))))
+    return _plan_ref(store.read_json(layout.plan(run, round)))
 
 
 def _plan_ref(committed: dict[str, Any]) -> PlanRef:

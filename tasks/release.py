@@ -5,7 +5,6 @@ Croissant description. Nothing of a version is visible until its snapshot is com
 so a writer that was killed writes the same files again.
 """
 
-import json
 import tempfile
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -232,7 +231,7 @@ def _write_cards(
         recipes=[load_recipe(store, recipe_id) for recipe_id in rows["recipe_id"].unique(maintain_order=True)],
         schema=schema,
         files=[asdict(file) for file in data],
-        scorer={"fingerprint": fingerprint, **json.loads(store.read(layout.scorer(fingerprint)))},
+        scorer={"fingerprint": fingerprint, **store.read_json(layout.scorer(fingerprint))},
     )
     texts = {"README.md": cards.dataset_card(about), "croissant.json": cards.croissant(about)}
     return [_write_text(store, f"{layout.release(name, version)}/{file}", text) for file, text in texts.items()]

@@ -59,7 +59,7 @@ def open_run(store: Store, asked: dict[str, Any], flow_run: str | None = None) -
 
 def load_run(store: Store, run: str) -> dict[str, Any]:
     """The facts `open_run` recorded: run, asked, started (UTC), flow_run, versions, commit, machine. Raises Missing."""
-    return json.loads(store.read(layout.run(run)))
+    return store.read_json(layout.run(run))
 
 
 def finished_runs(store: Store) -> list[str]:
@@ -70,7 +70,7 @@ def finished_runs(store: Store) -> list[str]:
 
 def load_recipe(store: Store, recipe_id: str) -> Recipe:
     """The recipe with this id. Raises Missing."""
-    return Recipe(**json.loads(store.read(layout.recipe(recipe_id))))
+    return Recipe(**store.read_json(layout.recipe(recipe_id)))
 
 
 def library_versions() -> dict[str, str]:

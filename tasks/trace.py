@@ -197,7 +197,7 @@ def _scores(store: Store, shard: str, candidate_id: str) -> list[Facts]:
         fingerprint = key.split("/")[1].removeprefix("scorer=")
         frame = store.read_frame(key, [n for n in tables.SCORES.names if n != "embedding"])
         facts = frame.filter(pl.col("candidate_id") == candidate_id).drop("candidate_id").to_dicts()[0]
-        model = json.loads(store.read(layout.scorer(fingerprint)))["model"]
+        model = store.read_json(layout.scorer(fingerprint))["model"]
         return {"model": model, "scorer": fingerprint, **facts}
 
     return list(_map(scored, keys))

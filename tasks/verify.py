@@ -4,7 +4,6 @@ What is wrong becomes a `Problem`, never an exception, so that one look finds ev
 and shards without an index are being made: neither is a problem.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +33,8 @@ RELEASE_AGAIN = (
 )
 RESTORE = "restore it from a backup of the store"
 AGAIN = "delete it and start the run again with the same command: it is made anew"
+
+PLAN_AGAIN = "delete the plan.json beside it and start the run again with the same command: both are made anew"
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def _check_run(store: Store, run: str, report: Report) -> None:
             report.say(key, f"judges {_some(twice)} more than once", AGAIN)
         for scorer in ledger["scorer"].unique():
             with report.about(layout.scorer(scorer), RESTORE):
-                json.loads(store.read(layout.scorer(scorer)))
+                store.read_json(layout.scorer(scorer))
         planned = _check_plan(store, run, ledger, report)
         _compare(report, key, "its plan asks for", planned, "it judges", set(ledger["candidate_id"]), AGAIN)
         _check_lineage(store, run, ledger, report)
@@ -199,13 +200,15 @@ def _check_plan(store: Store, run: str, ledger: pl.DataFrame, report: Report) ->
         report.say(layout.plan(run, 0), f"does not exist, but run {run} has a ledger", AGAIN)
     for key in plans:
         with report.about(key, AGAIN):
-            for facts in json.loads(store.read(key))["shards"]:
+            for facts in store.read_json(key)["shards"]:
                 shard = ShardRef(**facts)
-                with report.about(shard.orders, AGAIN):
+                with report.about(shard.orders, PLAN_AGAIN):
                     ids = set(store.read_table(shard.orders, ["candidate_id"])[0].to_pylist())
                     planned |= ids
                     if len(ids) != shard.candidates:
-                        report.say(shard.orders, f"has {len(ids)} candidates, the plan says {shard.candidates}", AGAIN)
+                        report.say(
+                            shard.orders, f"has {len(ids)} candidates, the plan says {shard.candidates}", PLAN_AGAIN
+                        )
                     _check_made(store, run, shard, ids, ledger, report)
                     for scorer in scorers:
                         _check_scores(store, layout.scores(scorer, shard.shard), ids, ledger, report)

@@ -6,7 +6,6 @@ script run but its own. However large the run, a few hundred images are embedded
 
 import base64
 import hashlib
-import json
 import shlex
 from collections import Counter
 from collections.abc import Mapping
@@ -161,7 +160,7 @@ def _recipes(store: Store, plan: PlanRef) -> list[tuple[str, int, dict[str, Any]
     for shard in plan.shards:
         candidates[shard.recipe_id] += shard.candidates
     return [
-        (recipe_id, count, json.loads(store.read(layout.recipe(recipe_id))))
+        (recipe_id, count, store.read_json(layout.recipe(recipe_id)))
         for recipe_id, count in candidates.most_common(MAX_ROWS)
     ]
 
@@ -170,7 +169,7 @@ def _scorers(store: Store, ledger: pl.DataFrame) -> list[tuple[str, dict[str, An
     """Fingerprint and plain facts (model, kind, weights, …) of the scorers that judged."""
     found = []
     for fingerprint in ledger["scorer"].unique().sort():
-        scorer = json.loads(store.read(layout.scorer(fingerprint)))
+        scorer = store.read_json(layout.scorer(fingerprint))
         facts = {**scorer, **scorer.get("facts", {})}
         plain = {k: v for k, v in facts.items() if isinstance(v, str | int | float) and v != fingerprint}
         found.append((fingerprint, plain))

@@ -68,7 +68,7 @@ def compare(store: Store, scorer: Scorer) -> None:
     }
     if store.create(key, json.dumps(record, indent=1, ensure_ascii=False).encode()):
         return
-    first = json.loads(store.read(key))
+    first = store.read_json(key)
     drift = float(abs(found - first["known_answers"]).max())
     if drift > DRIFT:
         changed = {

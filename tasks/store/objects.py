@@ -7,6 +7,7 @@ behind a killed process); on S3 and GCS the server decides (If-None-Match, if-ge
 
 import errno
 import io
+import json
 import os
 import re
 import threading
@@ -100,6 +101,15 @@ class Store:
                 "after it was written; restore it, or delete it and start the run again"
             )
         return data
+
+    def read_json(self, key: str) -> Any:
+        """A JSON object's value. Raises Missing, CorruptObject."""
+        try:
+            return json.loads(self.read(key))
+        except ValueError as error:
+            raise CorruptObject(
+                f"{self.uri(key)} is not readable JSON: {error}; run `darkroom verify` for what to do"
+            ) from error
 
     def read_table(self, key: str, columns: Sequence[str] | None = None, sha256_: str | None = None) -> pa.Table:
         """A Parquet object (its `columns` only).

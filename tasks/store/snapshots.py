@@ -24,7 +24,7 @@ def versions(store: Store, folder: str) -> list[int]:
 
 def load(store: Store, folder: str, version: int) -> dict[str, Any]:
     """The snapshot of a version. Raises Missing."""
-    return json.loads(store.read(_snapshot(folder, version)))
+    return store.read_json(_snapshot(folder, version))
 
 
 def find(store: Store, folder: str, writer_id: str) -> dict[str, Any] | None:
@@ -52,11 +52,11 @@ def claim(store: Store, folder: str, writer_id: str) -> int:
     taken = _numbers(store, f"{folder}/_claims")
     done = versions(store, folder)
     for number in reversed(taken):
-        if number not in done and json.loads(store.read(_claim(folder, number)))["writer_id"] == writer_id:
+        if number not in done and store.read_json(_claim(folder, number))["writer_id"] == writer_id:
             return number
     number = max([0, *taken, *done]) + 1
     while not store.create(_claim(folder, number), json.dumps({"writer_id": writer_id}).encode()):
-        if json.loads(store.read(_claim(folder, number)))["writer_id"] == writer_id:
+        if store.read_json(_claim(folder, number))["writer_id"] == writer_id:
             return number  # this writer, started twice, claimed it in between
         number += 1
     return number
