@@ -11,6 +11,7 @@ front ends and spreadsheets, which round integers above 2⁵³.
 
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,14 @@ def sha256(data: bytes | memoryview) -> str:
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_file_once(path: Path) -> str:
+    """`sha256_file`, remembered until the file's size or time of change differ: weights of several GB are read once a process."""
+    status = path.stat()
+    return _sha256_of_state(path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _sha256_of_state(path: Path, size: int, modified_ns: int) -> str:
+    return sha256_file(path)

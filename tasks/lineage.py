@@ -9,7 +9,7 @@ import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import polars as pl
 
 from tasks import tables
 from tasks.references import ManifestRef, PlanRef, ReleaseRef, Selection
-from tasks.runs import load_recipe
+from tasks.runs import recipe_frame
 from tasks.store import Store, layout
 from tasks.store.objects import public
 from tasks.store.shards import read_index
@@ -44,9 +44,7 @@ def record_images(store: Store, selection: Selection, plan: PlanRef, manifest: M
     distinct = dict.fromkeys((shard.recipe_id, shard.shard) for shard in plan.shards)
     made = pl.concat(_made(store, recipe_id, shard) for recipe_id, shard in distinct)
     prompts = store.read_frame(layout.manifest(manifest.sha256), ["prompt_id", "source", "row"])
-    recipes = pl.from_dicts(
-        [{"recipe_id": id, **asdict(load_recipe(store, id))} for id in ledger["recipe_id"].unique(maintain_order=True)]
-    ).select("recipe_id", "model", "model_digest")
+    recipes = recipe_frame(store, ledger["recipe_id"]).select("recipe_id", "model", "model_digest")
     rows = (
         ledger.join(made, on=["candidate_id", "part"], how="left", validate="1:1", maintain_order="left")
         .join(prompts, on="prompt_id", how="left", validate="m:1", maintain_order="left")

@@ -19,7 +19,7 @@ from tasks import cards, hugging_face, tables
 from tasks.errors import DarkroomError
 from tasks.identity import digest, sha256, sha256_file
 from tasks.references import ManifestRef, PlanRef, ReleaseRef, Selection
-from tasks.runs import load_recipe, load_run
+from tasks.runs import load_recipe, load_run, recipe_frame
 from tasks.store import CorruptObject, Store, layout, snapshots
 from tasks.store.shards import read_images, read_index
 
@@ -104,12 +104,7 @@ def accepted_rows(store: Store, selection: Selection, plan: PlanRef) -> pl.DataF
         )
     distinct = dict.fromkeys((shard.recipe_id, shard.shard) for shard in plan.shards)
     index = pl.concat(_sized_index(store, recipe_id, shard) for recipe_id, shard in distinct)
-    recipes = pl.from_dicts(
-        [
-            {"recipe_id": id, **asdict(load_recipe(store, id))}
-            for id in accepted["recipe_id"].unique(maintain_order=True)
-        ]
-    ).select("recipe_id", *RECIPE_COLUMNS)
+    recipes = recipe_frame(store, accepted["recipe_id"]).select("recipe_id", *RECIPE_COLUMNS)
     made = index.select("candidate_id", "part", "prompt", "negative_prompt", "width", "height", "part_sha256", "bytes")
     # by part too: two runs at once may have made a candidate twice, and the ledger says which of the two was judged
     rows = accepted.join(made, on=["candidate_id", "part"], how="left", validate="1:1", maintain_order="left").join(

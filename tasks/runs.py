@@ -7,10 +7,13 @@ import json
 import os
 import platform
 import subprocess
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import polars as pl
 
 from tasks.engines import Recipe
 from tasks.identity import digest
@@ -71,6 +74,13 @@ def finished_runs(store: Store) -> list[str]:
 def load_recipe(store: Store, recipe_id: str) -> Recipe:
     """The recipe with this id. Raises Missing."""
     return Recipe(**store.read_json(layout.recipe(recipe_id)))
+
+
+def recipe_frame(store: Store, recipe_ids: pl.Series) -> pl.DataFrame:
+    """`recipe_id` and the fields of each of these recipes, one row a recipe. Raises Missing."""
+    return pl.from_dicts(
+        [{"recipe_id": id, **asdict(load_recipe(store, id))} for id in recipe_ids.unique(maintain_order=True)]
+    )
 
 
 def library_versions() -> dict[str, str]:

@@ -19,7 +19,7 @@ from tasks.errors import DarkroomError
 from tasks.identity import ID_LENGTH
 from tasks.runs import finished_runs, load_recipe, load_run
 from tasks.store import Store, images, layout, snapshots
-from tasks.store.shards import read_index
+from tasks.store.shards import index_keys, read_index
 
 PREFIX_LENGTH = 8  # 32 bits: what people paste from a log, and still unique among 10,000 images
 THREADS = 16  # objects read at once: a remote store takes tens of milliseconds for each
@@ -134,7 +134,7 @@ def _of_file(path: Path) -> tuple[pl.Expr, str]:
 def _find(store: Store, fits: pl.Expr, name: str) -> Facts:
     """candidate_id, recipe_id and part of the one candidate that fits: from the ledgers, else from the shards."""
     columns = ["candidate_id", "pixel_hash", "recipe_id", "part"]
-    for keys in ([layout.ledger(run) for run in finished_runs(store)], _indexes(store)):
+    for keys in ([layout.ledger(run) for run in finished_runs(store)], index_keys(store)):
         tables_ = _map(lambda key: store.read_frame(key, columns).filter(fits), keys)
         rows = pl.concat([pl.DataFrame(schema=dict.fromkeys(columns, pl.String)), *tables_]).unique(
             "candidate_id", keep="first", maintain_order=True
@@ -149,10 +149,6 @@ def _find(store: Store, fits: pl.Expr, name: str) -> Facts:
     raise TraceError(
         f"{name} is not in {store!r}: check the store's address, and that the image comes from there unchanged"
     )
-
-
-def _indexes(store: Store) -> list[str]:
-    return [key for key in store.list(layout.CANDIDATES) if key.endswith("/index.parquet")]
 
 
 # --- the way back and on ---------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from tasks.ingest import content_digest
 from tasks.references import ShardRef
 from tasks.runs import finished_runs, load_recipe, load_run
 from tasks.store import Missing, Store, images, layout, snapshots
-from tasks.store.shards import read_index
+from tasks.store.shards import index_keys, read_index
 
 THREADS = 8  # shards checked at once; each holds one part in memory
 NAMED = 3  # candidates named in a message
@@ -33,7 +33,6 @@ RELEASE_AGAIN = (
 )
 RESTORE = "restore it from a backup of the store"
 AGAIN = "delete it and start the run again with the same command: it is made anew"
-
 PLAN_AGAIN = "delete the plan.json beside it and start the run again with the same command: both are made anew"
 
 
@@ -71,9 +70,8 @@ def verify(store: Store) -> Report:
         _check_release(store, keys, report)
     for run in finished_runs(store):
         _check_run(store, run, report)
-    indexes = [key for key in store.list(layout.CANDIDATES) if key.endswith("/index.parquet")]
     with ThreadPoolExecutor(THREADS) as threads:
-        for found in threads.map(lambda key: _check_shard(store, key), indexes):
+        for found in threads.map(lambda key: _check_shard(store, key), index_keys(store)):
             report.checked += found.checked
             report.problems += found.problems
     for sha in dict.fromkeys(key.split("/")[1] for key in store.list(layout.MANIFESTS)):

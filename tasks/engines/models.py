@@ -11,7 +11,7 @@ from typing import Any
 
 from tasks.engines import EngineError, Recipe, TokenLimit
 from tasks.engines.samplers import check_sampler
-from tasks.identity import digest, sha256_file
+from tasks.identity import digest, sha256_file_once
 
 TEXT_SUFFIXES = (".json", ".txt", ".model")
 DEFAULTS_FILE = "darkroom.json"  # beside model_index.json: {"steps": …, "guidance": …, "sampler": …}, any of them
@@ -184,17 +184,7 @@ def _from_hub(model: str) -> Path:
 def model_digest(folder: Path) -> str:
     """The id of a model's weights: 32 hexadecimal digits over the names and the sha256 of the files a pipeline loads."""
     files = ModelFolder(folder).files()
-    return digest(sorted([file.relative_to(folder).as_posix(), _sha256_of(file)] for file in files))
-
-
-def _sha256_of(file: Path) -> str:
-    stat = file.stat()
-    return _sha256_unless_changed(file.resolve(), stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=4096)
-def _sha256_unless_changed(file: Path, size: int, mtime_ns: int) -> str:
-    return sha256_file(file)
+    return digest(sorted([file.relative_to(folder).as_posix(), sha256_file_once(file)] for file in files))
 
 
 def default_recipe(

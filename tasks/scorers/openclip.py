@@ -8,13 +8,13 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.engines import TokenLimit
-from tasks.identity import digest, sha256_file
+from tasks.identity import digest, sha256_file_once
 from tasks.model_thread import on_model_thread
 from tasks.scorers import ScorerError, Scores, tokens
 
@@ -203,24 +203,14 @@ def facts(located: Located) -> dict[str, Any]:
         "kind": "openclip",
         "architecture": located.architecture,
         "preprocessing": located.preprocessing,
-        "weights": _sha256(located.weights),
-        "tokenizer": {file.name: _sha256(file) for file in files},
+        "weights": sha256_file_once(located.weights),
+        "tokenizer": {file.name: sha256_file_once(file) for file in files},
     }
 
 
 def fingerprint(model: str) -> str:
     """The id of a scorer, 32 hexadecimal digits: equal for equal files, wherever they are. Raises ScorerError."""
     return digest(facts(locate(model)))
-
-
-def _sha256(file: Path) -> str:
-    status = file.stat()
-    return _sha256_once(file, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=64)  # weights of several GB would otherwise be read again for every task of a process
-def _sha256_once(file: Path, size: int, modified: int) -> str:
-    return sha256_file(file)
 
 
 def token_limit(model: str) -> TokenLimit:

@@ -8,6 +8,11 @@ from tasks.store import layout
 from tasks.store.objects import CorruptObject, Store
 
 
+def index_keys(store: Store) -> list[str]:
+    """The keys of the indexes of all finished shards."""
+    return [key for key in store.list(layout.CANDIDATES) if key.endswith("/index.parquet")]
+
+
 def read_index(store: Store, recipe_id: str, shard: str) -> pl.DataFrame:
     """The index of a shard: tables.SHARD_INDEX, one row a candidate, in batch order. Raises Missing, CorruptObject."""
     return store.read_frame(layout.shard_index(recipe_id, shard))
