@@ -55,7 +55,6 @@ def run(
     with _errors():
         from pydantic import ValidationError
 
-        from flows.nightly import nightly
         from flows.parameters import Generation, Policy, Scoring
 
         try:
@@ -76,6 +75,9 @@ def run(
             policy = Policy(**_given(reject=reject, floor=floor, k_min=k_min, k_max=k_max))
         except ValidationError as error:
             raise typer.BadParameter(_in_words(error)) from error
+        _check_names(manifest, store, name, generation.model, scoring.scorer)
+        from flows.nightly import nightly  # Prefect takes seconds to start
+
         summary = nightly(
             manifest=manifest,
             store=store,
@@ -159,6 +161,21 @@ def _quiet_prefect(verbose: bool) -> None:
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
+
+
+def _check_names(manifest: str, store: str, name: str, model: str, scorer: str) -> None:
+    """What can be told to be wrong at once, before Prefect is started: the flow would find the same. Raises DarkroomError."""
+    from tasks.engines.models import locate
+    from tasks.manifest_files import find_files
+    from tasks.release import check_name
+    from tasks.scorers.openclip import fingerprint
+    from tasks.store import Store
+
+    check_name(name)
+    Store(store)
+    find_files(manifest)
+    locate(model)
+    fingerprint(scorer)
 
 
 def _given(**options: Any) -> dict[str, Any]:

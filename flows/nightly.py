@@ -163,7 +163,12 @@ def generate_and_score(
         while running:
             step, shard, future = finished.get()
             running -= 1
-            match result := future.result(raise_on_failure=False):
+            result = future.result(raise_on_failure=False)
+            if isinstance(result, EngineError):
+                hopeless[shard.recipe_id] = f"{type(result).__name__}: {result}"
+            if step is steps.generate:  # never on a score, or two shards would be generated at once
+                start_next_shard()
+            match result:
                 case ShardMade():
                     made.append(result)
                     start(steps.score, shard, scoring.scorer, scorer, scoring.batch_size)
@@ -173,10 +178,6 @@ def generate_and_score(
                     raise result
                 case error:
                     failed.append(f"{type(error).__name__}: {error}")
-                    if isinstance(error, EngineError):
-                        hopeless[shard.recipe_id] = failed[-1]
-            if step is steps.generate:  # never on a failed score, or two shards would be generated at once
-                start_next_shard()
     if failed:
         raise RunIncomplete(
             f"{len(failed)} of {len(plan.shards)} shards of run {plan.run} failed, first with {failed[0]}; the others are "

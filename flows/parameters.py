@@ -34,7 +34,7 @@ class Generation(BaseModel, frozen=True):
         "auto", description="auto: float32 on CPU, bfloat16 on GPU"
     )
     batch_size: int = Field(8, ge=1, le=1024, description="images per call of the model (1–1024)")
-    shard_size: int = Field(64, ge=1, le=100_000, description="images per task (1–100,000)")
+    shard_size: int = Field(128, ge=1, le=100_000, description="images per task (1–100,000)")
 
     @field_validator("guidance")
     @classmethod

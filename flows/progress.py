@@ -1,15 +1,26 @@
 """How far a run is: a bar in the terminal for the person watching, a progress artifact for the Prefect UI."""
 
+import contextvars
 import sys
+import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
+
+from httpx import HTTPError
+
+from tasks.errors import DarkroomError
 
 _current: "Progress | None" = None
 
 
+class Stopped(DarkroomError):
+    """The run this work was for has ended."""
+
+
 def advance(images: int) -> None:
-    """Tell the run in this process, if one is shown here, that so many images were just made or found."""
+    """Tell the run in this process, if one is shown here, that so many images were just made or found. Raises Stopped."""
     if _current is not None:
         _current.images_done(images)
 
@@ -24,6 +35,7 @@ class Progress:
 
         self.shards, self.images = shards, images
         self._shards_done = self._images_done = 0
+        self._news, self._ended = threading.Event(), False
         self._started = time.monotonic()
         self._bar = Bar(
             TextColumn("  developing"),
@@ -38,15 +50,17 @@ class Progress:
         self._task = self._bar.add_task("", total=images, **self._texts())
 
     def images_done(self, images: int) -> None:
-        """So many more images were made or found."""
+        """So many more images were made or found. Raises Stopped: nobody waits for more."""
+        if self._ended:
+            raise Stopped("the run ended while its images were made; what was finished is kept")
         self._images_done += images
         self._bar.update(self._task, completed=self._images_done, **self._texts())
 
     def shard_done(self) -> None:
-        """One more shard was generated and scored; the artifact is brought up to date."""
+        """One more shard was generated and scored; the artifact will soon say so."""
         self._shards_done += 1
         self._bar.update(self._task, **self._texts())
-        self._publish()
+        self._news.set()
 
     def _texts(self) -> dict[str, Any]:
         seconds = time.monotonic() - self._started
@@ -57,6 +71,13 @@ class Progress:
             "rate": f"{rate:.1f} images/s",
             "left": "…" if left is None else f"{left:.0f} s left",
         }
+
+    def _publish_news(self) -> None:
+        while not self._ended:
+            self._news.wait()
+            self._news.clear()
+            with suppress(HTTPError):  # a server that does not answer is no reason to stop
+                self._publish()
 
     def _publish(self) -> None:
         from prefect.artifacts import update_progress_artifact
@@ -73,6 +94,10 @@ class Progress:
 
         global _current
         self._artifact: Any = create_progress_artifact(progress=0.0, description=f"0/{self.shards} shards")
+        # apart from the run, which should not wait for a busy Prefect server; with its context, where the server is named
+        context = contextvars.copy_context()
+        self._publisher = threading.Thread(target=context.run, args=[self._publish_news], name="progress", daemon=True)
+        self._publisher.start()
         self._bar.start()
         _current = self
         return self
@@ -80,6 +105,10 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _current
+        self._ended = True
+        self._news.set()
+        if kind is KeyboardInterrupt:
+            print("\nstopping as soon as the batches in flight are written …", file=sys.stderr)
+        else:
+            self._publisher.join()
         self._bar.stop()
-        _current = None

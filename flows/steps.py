@@ -17,7 +17,7 @@ from flows import progress
 from tasks.engines import Recipe
 from tasks.references import ManifestRef, PlanRef, ReleaseRef, Selection, ShardMade, ShardRef, ShardScored
 from tasks.select import Policy
-from tasks.store import Store
+from tasks.store import Store, layout
 from tasks.store.objects import may_pass
 
 
@@ -57,7 +57,7 @@ def plan(store: str, manifest: ManifestRef, run: str, recipe: Recipe, candidates
     return plan(Store(store), manifest, run, recipe, candidates, check=lambda r: check_recipe(r, folder), **sizes)
 
 
-@step(name="generate", task_run_name="generate {shard.shard}", tags=["gpu"])
+@step(name="generate", task_run_name="generate {shard.shard}")
 def generate(store: str, shard: ShardRef, run: str, recipe: Recipe, batch_size: int) -> ShardMade:
     from tasks.engines import open_engine
     from tasks.generate import generate_shard
@@ -108,14 +108,19 @@ def report(
     policy: Policy,
     summary: dict[str, Any],
 ) -> str:
-    """Write the HTML report and the summary that Prefect shows; returns where the report is."""
+    """Write the HTML report and the summary that Prefect shows; returns where the report is.
+
+    A run started again that made nothing new keeps the report of the run that did.
+    """
     from prefect.artifacts import create_markdown_artifact
 
     from tasks.report import summarize, write_report
 
     place = Store(store)
     facts = {"This run": {title.replace("_", " "): value for title, value in summary.items() if value is not None}}
-    key = write_report(place, selection, plan, manifest, name=name, policy=policy, release=released, facts=facts)
+    key = layout.report(selection.run)
+    if summary["made"] or not place.exists(key):
+        write_report(place, selection, plan, manifest, name=name, policy=policy, release=released, facts=facts)
     create_markdown_artifact(
         summarize(place, selection, plan, name=name, policy=policy, release=released, report=place.uri(key)),
         key=f"run-{selection.run}",

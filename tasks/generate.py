@@ -47,7 +47,7 @@ def generate_shard(
 ) -> ShardMade:
     """Make what the store lacks of a shard; a finished shard is only looked at, and the engine then never opened.
 
-    `progress` is told the number of candidates done, batch by batch. A candidate the engine fails on becomes a row with an
+    `progress` is told the number of candidates done, batch by batch; an exception it raises stops the work. A candidate the engine fails on becomes a row with an
     `error` and no image, and the shard goes on. Raises EngineError (the engine as a whole fails), Missing, CorruptObject.
     """
     started = time.monotonic()
@@ -106,9 +106,13 @@ class _Work:
             # two at a time: while the engine makes one batch, the one before is encoded and written
             with ThreadPoolExecutor(2) as threads:
                 made = threads.map(lambda number: self._make_part(number, batches[number], engine, recipe), missing)
-                for number, rows in zip(missing, made, strict=True):
-                    parts[number] = rows
-                    progress(len(batches[number]))
+                try:
+                    for number, rows in zip(missing, made, strict=True):
+                        parts[number] = rows
+                        progress(len(batches[number]))
+                except BaseException:  # the batches that wait are given up, not made first
+                    threads.shutdown(wait=False, cancel_futures=True)
+                    raise
         index = [row for rows in parts.values() for row in rows or []]
         return index, [order["candidate_id"] for number in missing for order in batches[number]]
 

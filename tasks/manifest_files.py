@@ -4,6 +4,7 @@ Darkroom's own columns may have another type in every file (they are read cell b
 agree, since they travel through untouched.
 """
 
+import difflib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from tasks.store.objects import public
 RESERVED = {*tables.PROMPTS.names, *tables.DATASET.names} - set(COLUMNS)
 VIEWS = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}  # pyarrow cannot filter views yet
 GLOB = frozenset("*?[")
+SLIP = 0.85  # difflib's ratio: one letter wrong in eight
 
 
 class ManifestError(DarkroomError):
@@ -42,6 +44,15 @@ class Source:
 
 def read_sources(manifest: str) -> list[Source]:
     """The files of a manifest, sorted by name. Raises ManifestError."""
+    fs, found = find_files(manifest)
+    sources = [_read(fs, path, name) for name, path in sorted(found.items())]
+    if not any(source.table.num_rows for source in sources):
+        raise ManifestError(f"manifest '{public(manifest)}' has no rows: write at least one prompt")
+    return sources
+
+
+def find_files(manifest: str) -> tuple[Any, dict[str, str]]:
+    """The file system of a manifest and the paths of its files, by name; at least one. Raises ManifestError."""
     try:
         fs, root = url_to_fs(manifest)
         found = _find(fs, root)
@@ -52,10 +63,7 @@ def read_sources(manifest: str) -> list[Source]:
             f"manifest '{public(manifest)}': no such file, or no *.parquet file there; give a Parquet file, a folder of "
             "them, or a glob such as prompts/*.parquet"
         )
-    sources = [_read(fs, path, name) for name, path in sorted(found.items())]
-    if not any(source.table.num_rows for source in sources):
-        raise ManifestError(f"manifest '{public(manifest)}' has no rows: write at least one prompt")
-    return sources
+    return fs, found
 
 
 def user_columns(sources: Sequence[Source], readable: Sequence[pa.Table]) -> pa.Table:
@@ -121,6 +129,13 @@ def _valid(column: pa.ChunkedArray) -> bool:
     return True
 
 
+def _misspelt(column: str) -> str | None:
+    """The column of ours that this name is a slip of the pen away from; `prompt_2` and `widths` are names of their own."""
+    ours = (*COLUMNS, *PARTS)
+    close = difflib.get_close_matches(column, ours, n=1, cutoff=SLIP)
+    return close[0] if close and column not in ours and not column.startswith(close[0]) else None
+
+
 def _check_columns(name: str, columns: list[str]) -> None:
     twice = sorted({column for column in columns if columns.count(column) > 1})
     if twice:
@@ -130,6 +145,11 @@ def _check_columns(name: str, columns: list[str]) -> None:
         if meant in COLUMNS and column not in COLUMNS:
             raise ManifestError(
                 f"'{name}' has a column '{column}', which would be taken for one of your own: rename it to '{meant}' if that "
+                f"is meant, else to 'my_{meant}'"
+            )
+        elif close := _misspelt(meant):
+            raise ManifestError(
+                f"'{name}' has a column '{column}', which would be taken for one of your own: rename it to '{close}' if that "
                 f"is meant, else to 'my_{meant}'"
             )
     taken = sorted(RESERVED & set(columns))

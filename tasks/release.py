@@ -48,22 +48,27 @@ def release(
 ) -> ReleaseRef:
     """Write and commit the next version of dataset `name` from the accepted rows of the run's ledger.
 
-    A run that released to `name` already gets that release back, and nothing is written. Files hold about `file_bytes`
-    of images each. Raises ReleaseError, Missing, CorruptObject.
+    A run that released to `name` already gets that release back, and only files that it lost are written again. Files hold
+    about `file_bytes` of images each. Raises ReleaseError, Missing, CorruptObject.
     """
     check_name(name)
     folder, writer = layout.dataset(name), writer_id(selection)
-    if there := snapshots.find(store, folder, writer):
+    there = snapshots.find(store, folder, writer)
+    if there and not _lost(store, name, there):
         return _reference(name, there)
     rows = accepted_rows(store, selection, plan)
-    version = snapshots.claim(store, folder, writer)
-    if there := snapshots.find(store, folder, writer):  # the same run, started twice, committed in between
+    version = there["version"] if there else snapshots.claim(store, folder, writer)
+    if not there and (
+        there := snapshots.find(store, folder, writer)
+    ):  # the same run, started twice, has just committed
         return _reference(name, there)
 
     further = _user_columns(store, manifest)
     schema = hugging_face.schema(tables.DATASET, [_plain(field) for field in list(further.schema)[1:]])
     files = _write_data(store, layout.release(name, version), rows, further, schema, selection.run, file_bytes)
     files += _write_cards(store, name, version, selection, manifest, rows, schema, files)
+    if there:
+        return _reference(name, _restored(store, name, there, files))
     snapshot = {
         "writer_id": writer,
         "run": selection.run,
@@ -75,6 +80,22 @@ def release(
         "files": [asdict(file) for file in files],
     }
     return _reference(name, snapshots.commit(store, folder, version, snapshot))
+
+
+def _lost(store: Store, name: str, snapshot: dict[str, Any]) -> list[str]:
+    """The files of a release that are not there any more, or have another size."""
+    sizes = store.sizes(layout.release(name, snapshot["version"]))
+    return [file["key"] for file in snapshot["files"] if sizes.get(file["key"]) != file["bytes"]]
+
+
+def _restored(store: Store, name: str, snapshot: dict[str, Any], files: list[ReleaseFile]) -> dict[str, Any]:
+    """The snapshot, where the files written again are those it lists. Raises CorruptObject."""
+    if [asdict(file) for file in files] != snapshot["files"]:
+        raise CorruptObject(
+            f"files of {name} v{snapshot['version']} were lost, and come out differently now, by other library versions",
+            f"restore {store.uri(layout.release(name, snapshot['version']))} from a backup, or release to another name",
+        )
+    return snapshot
 
 
 def check_name(name: str) -> None:
@@ -100,7 +121,8 @@ def accepted_rows(store: Store, selection: Selection, plan: PlanRef) -> pl.DataF
     if accepted.is_empty():
         raise ReleaseError(
             f"run {selection.run} accepted none of its {ledger.height} candidates, so there is nothing to release: "
-            f"{selection.reasons}. Lower the floor or the rejection rate, or look at the rejected images in the report"
+            f"{', '.join(f'{count} {reason}' for reason, count in selection.reasons.items())}. Lower the floor or the "
+            "rejection rate, or look at the rejected images in the report"
         )
     distinct = dict.fromkeys((shard.recipe_id, shard.shard) for shard in plan.shards)
     index = pl.concat(_sized_index(store, recipe_id, shard) for recipe_id, shard in distinct)

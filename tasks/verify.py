@@ -22,7 +22,7 @@ from tasks.identity import sha256
 from tasks.ingest import content_digest
 from tasks.references import ShardRef
 from tasks.runs import finished_runs, load_recipe, load_run
-from tasks.store import Missing, Store, images, layout, snapshots
+from tasks.store import Missing, Store, StoreError, images, layout, snapshots
 from tasks.store.shards import index_keys, read_index
 
 THREADS = 8  # shards checked at once; each holds one part in memory
@@ -31,6 +31,7 @@ NAMED = 3  # candidates named in a message
 RELEASE_AGAIN = (
     "delete its snapshot in `_snapshots/` and start the run again with the same command: it writes the same files"
 )
+LOST = "start the run again with the same command: what was lost is written again"
 RESTORE = "restore it from a backup of the store"
 AGAIN = "delete it and start the run again with the same command: it is made anew"
 PLAN_AGAIN = "delete the plan.json beside it and start the run again with the same command: both are made anew"
@@ -58,6 +59,10 @@ class Report:
         """What cannot be read inside is a problem of `key`; the checks that follow inside are left out."""
         try:
             yield
+        except Missing as error:
+            self.say(key, error.what, remedy.removeprefix("delete it and "))
+        except StoreError as error:
+            self.say(key, error.what, remedy)
         except (DarkroomError, OSError, ValueError, KeyError, TypeError, pa.ArrowException, PolarsError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             self.say(key, what or type(error).__name__, remedy)
@@ -122,7 +127,7 @@ def _check_file(store: Store, file: dict[str, Any], report: Report) -> list[str]
     try:
         data = store.read(key)
     except Missing as error:
-        report.say(key, str(error), RELEASE_AGAIN)
+        report.say(key, error.what, LOST)
         return None
     if (len(data), sha256(data)) != (file["bytes"], file["sha256"]):
         wrong = (

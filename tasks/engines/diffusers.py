@@ -1,7 +1,7 @@
 """The diffusers engine: Stable Diffusion 1.5/2.x, SDXL (and Turbo), SD3 and Flux, by local folder or hub name.
 
-An image depends on its own prompt, seed and recipe alone: each text is encoded by itself, each image draws its noise from a
-CPU generator of its own, and every call of the model has the same batch size. So it is bit-equal whatever stands beside it
+An image depends on its own prompt, seed and recipe alone: each image draws its noise from a CPU generator of its own, and
+every call of the text encoder and of the model has the same batch size. So it is bit-equal whatever stands beside it
 in the batch and wherever it stands there. What does show, by ±1 in a few values in 100,000, are another batch size and, on
 CPU, another number of threads: their sums are added up in another order.
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DiffusersEngine", "default_recipe", "locate", "model_digest", "token_limits"]
 
+TEXT_BATCH = 8
 SHARDS_REMEMBERED = 4  # as many threads may share one engine without encoding each other's prompts again
 
 
@@ -65,8 +66,7 @@ class DiffusersEngine:
             self._remembered.append(texts)
             kept = set().union(*self._remembered)
             self._embeddings = {text: value for text, value in self._embeddings.items() if text in kept}
-            for text in sorted(texts):
-                self._embed(text)
+            self._embed(sorted(texts))
 
     @on_model_thread
     def generate(self, orders: Sequence[Order], recipe: Recipe) -> Images:
@@ -124,40 +124,44 @@ class DiffusersEngine:
         """Whether the pipeline stands for "no negative prompt" with zeros instead of an encoded empty text (SDXL)."""
         return not negative_prompt and bool(self._pipeline.config.get("force_zeros_for_empty_prompt"))
 
-    def _embed(self, text: str) -> tuple["torch.Tensor", ...]:
-        """(embedding [1, tokens, d],) or with the pooled one, (…, [1, d]); always of one text alone."""
-        if text not in self._embeddings:
-            self._embeddings[text] = self._encode(text)
-        return self._embeddings[text]
+    def _embed(self, texts: Sequence[str]) -> list[tuple["torch.Tensor", ...]]:
+        """For each text (embedding [tokens, d],) or with the pooled one, (…, [d]); encoded when first met, in full batches."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._embeddings]
+        for start in range(0, len(new), TEXT_BATCH):
+            batch = new[start : start + TEXT_BATCH]
+            encoded = self._encode([*batch, *[batch[0]] * (TEXT_BATCH - len(batch))])
+            for place, text in enumerate(batch):  # copies, which do not keep the batch in memory
+                self._embeddings[text] = tuple(tensor[place].clone() for tensor in encoded)
+        return [self._embeddings[text] for text in texts]
 
-    def _encode(self, text: str) -> tuple["torch.Tensor", ...]:
+    def _encode(self, texts: list[str]) -> tuple["torch.Tensor", ...]:
         import torch
 
         encode = self._pipeline.encode_prompt
         with torch.no_grad():
             match type(self._pipeline).__name__:
                 case "StableDiffusionPipeline":
-                    return (encode(text, self._pipeline.device, 1, False)[0],)
+                    return (encode(texts, self._pipeline.device, 1, False)[0],)
                 case "StableDiffusionXLPipeline":
-                    embedding, _, pooled, _ = encode(text, do_classifier_free_guidance=False)
+                    embedding, _, pooled, _ = encode(texts, do_classifier_free_guidance=False)
                 case "StableDiffusion3Pipeline":
-                    embedding, _, pooled, _ = encode(text, text, text, do_classifier_free_guidance=False)
+                    embedding, _, pooled, _ = encode(texts, texts, texts, do_classifier_free_guidance=False)
                 case _:
                     limit = self._folder.family.max_t5_tokens
-                    embedding, pooled, _ = encode(text, text, max_sequence_length=limit)
+                    embedding, pooled, _ = encode(texts, texts, max_sequence_length=limit)
         return embedding, pooled
 
     def _embed_negative(self, order: Order) -> tuple["torch.Tensor", ...]:
         import torch
 
         if self._zeros_for(order.negative_prompt):
-            return tuple(torch.zeros_like(tensor) for tensor in self._embed(order.prompt))
-        return self._embed(order.negative_prompt)
+            return tuple(torch.zeros_like(tensor) for tensor in self._embed([order.prompt])[0])
+        return self._embed([order.negative_prompt])[0]
 
     def _conditioning(self, orders: Sequence[Order], recipe: Recipe) -> dict[str, "torch.Tensor"]:
         """The pipeline's arguments that carry the texts, stacked over the batch."""
         names = ("prompt_embeds", "pooled_prompt_embeds")
-        given = dict(zip(names, _stack([self._embed(order.prompt) for order in orders]), strict=False))
+        given = dict(zip(names, _stack(self._embed([order.prompt for order in orders])), strict=False))
         if self._folder.family.negative and recipe.guidance > 1:  # at or below 1 the pipelines do not guide
             negative = _stack([self._embed_negative(order) for order in orders])
             given |= zip((f"negative_{name}" for name in names), negative, strict=False)
@@ -167,7 +171,7 @@ class DiffusersEngine:
 def _stack(embeddings: list[tuple["torch.Tensor", ...]]) -> list["torch.Tensor"]:
     import torch
 
-    return [torch.cat(tensors) for tensors in zip(*embeddings, strict=True)]
+    return [torch.stack(tensors) for tensors in zip(*embeddings, strict=True)]
 
 
 def _quantised(images: "torch.Tensor") -> "np.ndarray":

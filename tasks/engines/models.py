@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -15,6 +16,7 @@ from tasks.identity import digest, sha256_file_once
 
 TEXT_SUFFIXES = (".json", ".txt", ".model")
 DEFAULTS_FILE = "darkroom.json"  # beside model_index.json: {"steps": …, "guidance": …, "sampler": …}, any of them
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 NOT_LOADED = (
     "safety_checker",
     "feature_extractor",
@@ -156,6 +158,11 @@ def locate(model: str) -> Path:
     Raises EngineError: neither is there, or the folder is not a diffusers pipeline of a known family.
     """
     folder = Path(model).expanduser()
+    if not folder.is_dir() and not HUB_NAME.fullmatch(model):
+        raise EngineError(
+            f"model '{model}': there is no folder {folder.absolute()}, and a name of the model hub would look like org/name; "
+            "check the path"
+        )
     path = folder if folder.is_dir() else _from_hub(model)
     _ = ModelFolder(path).family
     return path

@@ -11,8 +11,11 @@ import json
 import os
 import re
 import threading
+import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,13 +30,23 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tasks.errors import DarkroomError
 from tasks.identity import sha256
 
+LOOK = "run `darkroom verify` for all that is wrong and what to do"
 TEMPORARY = "_tmp"  # files grow here and are then renamed or linked; never read, safe to delete when idle
+ABANDONED_SECONDS = 24 * 3600  # after which no writer still works on a temporary file
 # user:password@, where half of all AWS secrets hold a "/" (Azure's container@account is none)
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*:[^@\s]*@")
+_SIGNATURE = re.compile(r"(?<=\?)[^\s'\"]*(?:sig|signature|token|credential)=[^\s'\"]*", re.IGNORECASE)
 
 
 class StoreError(DarkroomError):
-    """The store could not be reached or refused."""
+    """The store could not be reached or refused. `what` is the message without the remedy, for who knows a better one."""
+
+    def __init__(self, what: str, remedy: str = ""):
+        super().__init__(f"{what}; {remedy}" if remedy else what)
+        self.what, self.remedy = what, remedy
+
+    def __reduce__(self) -> tuple[Any, ...]:  # Prefect pickles what a task raises
+        return type(self), (self.what, self.remedy)
 
 
 class Missing(StoreError):
@@ -70,6 +83,8 @@ class Store:
         else:
             root = fs._strip_protocol(self.url)
         self.fs, self.root = fs, str(root).rstrip("/")
+        if isinstance(fs, LocalFileSystem) and os.path.isfile(self.root):
+            raise StoreError(f"store '{self.url}' is a file", "name a folder, which may be a new one")
 
     def __repr__(self) -> str:
         return f"Store({public(self.url)!r})"
@@ -92,13 +107,12 @@ class Store:
         try:
             data = self.fs.cat_file(self.path(key))
         except FileNotFoundError as error:
-            raise Missing(
-                f"{self.uri(key)} does not exist; run `darkroom verify` to see what else is missing"
-            ) from error
+            raise Missing(f"{self.uri(key)} does not exist", LOOK) from error
         if sha256_ is not None and sha256(data) != sha256_:
             raise CorruptObject(
-                f"{self.uri(key)} has sha256 {sha256(data)}, expected {sha256_}: it was changed or damaged "
-                "after it was written; restore it, or delete it and start the run again"
+                f"{self.uri(key)} has sha256 {sha256(data)}, expected {sha256_}: it was changed or damaged after it was "
+                "written",
+                "restore it, or delete it and start the run again",
             )
         return data
 
@@ -107,9 +121,7 @@ class Store:
         try:
             return json.loads(self.read(key))
         except ValueError as error:
-            raise CorruptObject(
-                f"{self.uri(key)} is not readable JSON: {error}; run `darkroom verify` for what to do"
-            ) from error
+            raise CorruptObject(f"{self.uri(key)} is not readable JSON: {error}", LOOK) from error
 
     def read_table(self, key: str, columns: Sequence[str] | None = None, sha256_: str | None = None) -> pa.Table:
         """A Parquet object (its `columns` only).
@@ -121,15 +133,13 @@ class Store:
             with source, pq.ParquetFile(source) as file:  # `pq.read_table` would import pandas, for a second
                 return file.read(columns=list(columns) if columns else None)
         except FileNotFoundError as error:
-            raise Missing(
-                f"{self.uri(key)} does not exist; run `darkroom verify` to see what else is missing"
-            ) from error
+            raise Missing(f"{self.uri(key)} does not exist", LOOK) from error
         except (pa.ArrowInvalid, OSError) as error:
             if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
                 raise  # the network's or the disk's, which may pass: pyarrow's own, of a torn file, has no number
             raise CorruptObject(
-                f"{self.uri(key)} is not a readable Parquet file: {error}; delete it and start the run again "
-                "with the same command"
+                f"{self.uri(key)} is not a readable Parquet file: {error}",
+                "delete it and start the run again with the same command",
             ) from error
 
     def read_frame(self, key: str, columns: Sequence[str] | None = None, sha256_: str | None = None) -> pl.DataFrame:
@@ -172,6 +182,14 @@ class Store:
                 return True
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP):
+                    raise
+                raise StoreError(
+                    f"the file system of store '{self.url}' has no hard links ({error.strerror}), without which two writers "
+                    "could overwrite each other",
+                    "put the store on another disk or into an object store",
+                ) from error
             finally:
                 os.unlink(temporary)
         if isinstance(self.fs, MemoryFileSystem):
@@ -215,7 +233,9 @@ class Store:
 
     def _temporary_folder(self) -> str:
         folder = f"{self.root}/{TEMPORARY}"
-        os.makedirs(folder, exist_ok=True)
+        if not os.path.isdir(folder):
+            os.makedirs(folder, exist_ok=True)
+        _sweep(folder)
         return folder
 
     def _temporary(self, data: bytes) -> str:
@@ -239,6 +259,15 @@ def may_pass(error: BaseException) -> bool:
 _memory_lock = threading.Lock()
 
 
+@lru_cache  # once a process and folder
+def _sweep(folder: str) -> None:
+    """Remove the temporary files that writers left who were killed."""
+    for entry in os.scandir(folder):
+        with suppress(FileNotFoundError):  # another process sweeps too
+            if time.time() - entry.stat().st_mtime > ABANDONED_SECONDS:
+                os.unlink(entry.path)
+
+
 def _to_disk(file: BinaryIO) -> None:
     """Before a file gets its name, its bytes are on the disk: a power cut must not leave a name without content."""
     file.flush()
@@ -250,8 +279,8 @@ def _make_parent(path: str) -> None:
 
 
 def public(url: str) -> str:
-    """A URL without the user and password that may stand in it, fit for logs and lineage."""
-    return _CREDENTIALS.sub("", url)
+    """A URL without the user and password, or the signed query, that may stand in it, fit for logs and lineage."""
+    return _SIGNATURE.sub("…", _CREDENTIALS.sub("", url))
 
 
 def parquet_bytes(table: pa.Table, **options: Any) -> bytes:

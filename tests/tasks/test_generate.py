@@ -206,6 +206,19 @@ def test_a_killed_shard_goes_on_and_ends_the_same(new_shard: NewShard, tmp_path:
     assert shard.index["pixel_hash"].equals(whole.index["pixel_hash"])
 
 
+def test_a_run_that_ended_stops_its_work_after_the_batches_in_flight(new_shard: NewShard) -> None:
+    shard = new_shard(prompts=[f"prompt {n}" for n in range(20)])  # 40 candidates, 10 batches
+
+    def ended(done: int) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        shard.make(progress=ended)
+    calls = len(shard.engine.calls)
+    assert calls <= 3  # the one that was told, and two in flight
+    assert shard.make().found == BATCH * calls  # and all of them are kept
+
+
 def test_lost_and_torn_parts_are_made_again(new_shard: NewShard) -> None:
     shard = new_shard()
     shard.make()

@@ -244,6 +244,11 @@ def test_the_demo_manifest_is_what_its_script_makes_and_within_the_models_world(
             ["column 'K-Min'", "rename it to 'k_min'", "'my_k_min'"],
         ),
         (
+            {"m.parquet": {"prompt": ["a"], "guidence": [1.5]}},
+            "m.parquet",
+            ["column 'guidence'", "rename it to 'guidance'", "'my_guidence'"],
+        ),
+        (
             {"m.parquet": {"prompt": ["a"], "seed": [1], "image": ["x"]}},
             "m.parquet",
             ["rename 'image' to 'my_image', 'seed' to 'my_seed'"],

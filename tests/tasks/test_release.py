@@ -11,7 +11,7 @@ from tasks import tables
 from tasks.lineage import record_images
 from tasks.release import ReleaseError, check_name, release
 from tasks.select import Policy
-from tasks.store import Store, images, layout, snapshots
+from tasks.store import CorruptObject, Store, images, layout, snapshots
 from tasks.store.shards import read_index
 from tasks.verify import verify
 from tests.synthetic_run import SyntheticRun, synthetic_run
@@ -81,6 +81,24 @@ def test_a_run_is_released_once(any_store: Store) -> None:
     before = {key: any_store.read(key) for key in any_store.list("datasets")}
     assert released(made) == first
     assert {key: any_store.read(key) for key in any_store.list("datasets")} == before
+
+
+def test_lost_files_of_a_release_are_written_again(any_store: Store) -> None:
+    made = synthetic_run(any_store)
+    reference = released(made)
+    before = [any_store.read(key) for key in reference.files]
+    any_store.delete(reference.files[0])
+    any_store.write(reference.files[1], b"cut short")
+    assert released(made) == reference
+    assert [any_store.read(key) for key in reference.files] == before
+
+
+def test_lost_files_that_come_out_differently_are_not_passed_off_as_the_release(tmp_path: Path) -> None:
+    made = synthetic_run(Store(tmp_path))
+    reference = released(made)
+    made.store.delete(reference.files[0])
+    with pytest.raises(CorruptObject, match="other library versions"):
+        released(made, file_bytes=1000)
 
 
 def test_a_run_released_by_many_at_once_is_released_once(tmp_path: Path) -> None:

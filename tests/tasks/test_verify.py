@@ -192,12 +192,23 @@ def test_other_pixels_are_found(made: SyntheticRun) -> None:
 
 
 def test_a_damaged_release_is_mended_by_its_remedy(made: SyntheticRun) -> None:
-    made.store.delete(DATA)
+    made.store.write(DATA, made.store.read(DATA)[::-1])
     made.store.write("datasets/demo/v=1/README.md", b"changed")
     assert all("_snapshots" in problem.remedy for problem in verify(made.store).problems)
     made.store.delete(SNAPSHOT)
     release(made.store, "demo", made.selection, made.plan, made.manifest)
     assert verify(made.store).problems == []
+
+
+def test_one_remedy_is_told_for_one_problem(made: SyntheticRun) -> None:
+    made.store.delete(first_scores(made))
+    made.store.write(first_index(made), b"torn")
+    problems = verify(made.store).problems
+    assert problems
+    for problem in problems:
+        told = f"{problem.what}; {problem.remedy}"
+        assert told.count("start the run again") == 1 and "darkroom verify" not in told, told
+        assert "delete" not in problem.remedy or "does not exist" not in problem.what, told
 
 
 def agree(store: Store) -> None:

@@ -204,12 +204,20 @@ def test_hub_names_are_found_in_the_local_cache(copy: Copies, tmp_path: Path) ->
     assert printed.strip() == model_digest(folder)
 
 
-@pytest.mark.parametrize("name", ["org/nothing", "data/models/nothing", "no such model"])
+@pytest.mark.parametrize("name", ["org/nothing", "nothing"])
 def test_a_model_that_is_nowhere_is_named_with_what_was_tried(tmp_path: Path, name: str) -> None:
     code = f"from tasks.engines.models import *\ntry: locate({name!r})\nexcept EngineError as error: print(error)"
     printed = in_offline_process(tmp_path, code)
     assert f"model '{name}': there is no folder {Path(name).absolute()}, and the model hub" in printed
     assert "Give the path of a diffusers folder" in printed
+
+
+@pytest.mark.parametrize("name", ["data/models/nothing", "no such model", "./nothing", "../nothing/x"])
+def test_a_path_that_is_nowhere_is_told_without_asking_the_hub(name: str) -> None:
+    with pytest.raises(
+        EngineError, match=r"there is no folder .*, and a name of the model hub would look like org/name"
+    ):
+        locate(name)
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------

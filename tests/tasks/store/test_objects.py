@@ -1,5 +1,6 @@
 import errno
 import multiprocessing
+import os
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -141,6 +142,29 @@ def test_a_secret_with_a_slash_is_a_secret_too() -> None:
     assert public("s3://AKIA:ab/cd+e@bucket/path") == "s3://bucket/path"
     with pytest.raises(StoreError, match="credentials"):
         Store("s3://AKIA:ab/cd+e@bucket/path")
+
+
+def test_a_signed_query_is_a_secret_too() -> None:
+    for query in ("X-Amz-Credential=AKIA&X-Amz-Signature=ab12", "sv=2024&sig=ab%2F12", "token=ab12"):
+        assert (
+            public(f"cannot open https://host/p.parquet?{query} (403)") == "cannot open https://host/p.parquet?… (403)"
+        )
+
+
+def test_a_file_is_no_store(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("x")
+    with pytest.raises(StoreError, match="is a file; name a folder"):
+        Store(tmp_path / "store")
+
+
+def test_temporary_files_of_killed_writers_are_swept(tmp_path: Path) -> None:
+    left, fresh = tmp_path / TEMPORARY / "left", tmp_path / TEMPORARY / "fresh"
+    left.parent.mkdir()
+    for file in (left, fresh):
+        file.write_text("x")
+    os.utime(left, (0, 0))
+    Store(tmp_path).write("k", b"1")
+    assert not left.exists() and fresh.exists()
 
 
 def test_a_bare_protocol_is_a_store() -> None:
