@@ -46,6 +46,14 @@ def run(
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per call of the model.")] = None,
     shard_size: Annotated[int | None, typer.Option(help="Images per task.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Further rounds for prompts below their k_min, at most.")] = None,
+    per_prompt: Annotated[int | None, typer.Option(help="Candidates per prompt in all rounds, at most.")] = None,
+    max_candidates: Annotated[int | None, typer.Option(help="Candidates in all rounds, at most.")] = None,
+    gpu_seconds: Annotated[float | None, typer.Option(help="No further round after so much generation.")] = None,
+    money: Annotated[
+        float | None, typer.Option(help="No further round after generation cost this, at --price.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(help="Price of a GPU hour.")] = None,
     on_bad_rows: Annotated[OnBadRows, typer.Option(help="What to do with a bad row of the manifest.")] = OnBadRows.fail,
     edition: Annotated[str, typer.Option(help="Names this batch of images; another edition makes new images.")] = "",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's own log.")] = False,
@@ -55,7 +63,7 @@ def run(
     with _errors():
         from pydantic import ValidationError
 
-        from flows.parameters import Generation, Policy, Scoring
+        from flows.parameters import Budget, Generation, Policy, Scoring
 
         try:
             generation = Generation(
@@ -73,6 +81,16 @@ def run(
             )
             scoring = Scoring(**_given(scorer=scorer))
             policy = Policy(**_given(reject=reject, floor=floor, k_min=k_min, k_max=k_max))
+            budget = Budget(
+                **_given(
+                    rounds=rounds,
+                    per_prompt=per_prompt,
+                    candidates=max_candidates,
+                    gpu_seconds=gpu_seconds,
+                    money=money,
+                    price=price,
+                )
+            )
         except ValidationError as error:
             raise typer.BadParameter(_in_words(error)) from error
         _check_names(manifest, store, name, generation.model, scoring.scorer)
@@ -85,6 +103,7 @@ def run(
             generation=generation,
             scoring=scoring,
             policy=policy,
+            budget=budget,
             on_bad_rows=on_bad_rows.value,
             edition=edition,
         )
@@ -216,8 +235,13 @@ def _print_summary(summary: dict[str, Any]) -> None:
     table.add_row(
         "candidates",
         f"{summary['candidates']}: {summary['made']} made now, {summary['found']} found in the store"
-        + (f" · {summary['images_per_second']:.1f} images/s" if summary["made"] else ""),
+        + (f" · {summary['images_per_second']:.1f} images/s" if summary["made"] else "")
+        + (f" · {summary['rounds']} rounds" if summary["rounds"] > 1 else ""),
     )
+    if summary["given_up"]:
+        table.add_row(
+            "given up", f"{summary['given_up']} prompts still have fewer images than k_min; the report says why"
+        )
     table.add_row(
         "verdicts",
         f"[bold]{counts['accepted']} accepted[/], {counts['rejected']} rejected"

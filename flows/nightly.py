@@ -7,6 +7,8 @@ Starting it again with the same parameters goes on where it stopped: what the st
 
 import time
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, Literal
 
@@ -16,7 +18,7 @@ from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import steps
-from flows.parameters import Generation, Policy, Scoring
+from flows.parameters import Budget, Generation, Policy, Scoring
 from flows.progress import Progress
 from tasks.engines import EngineError, Recipe
 from tasks.errors import DarkroomError
@@ -45,6 +47,7 @@ def nightly(
     generation: Generation = Generation(),  # noqa: B008  (immutable; the form shows these defaults)
     scoring: Scoring = Scoring(),  # noqa: B008
     policy: Policy = Policy(),  # noqa: B008
+    budget: Budget = Budget(),  # noqa: B008
     on_bad_rows: Literal["fail", "quarantine"] = "fail",
     edition: str = "",
 ) -> dict[str, Any]:
@@ -57,6 +60,7 @@ def nightly(
         generation: how candidates are made.
         scoring: who judges them.
         policy: what is accepted.
+        budget: what may be spent on prompts that lack images after the first round.
         on_bad_rows: fail, or quarantine (leave bad rows out and write them beside the manifest snapshot).
         edition: names this batch of images. With the same settings, the same edition makes nothing new and another one makes
             new images. {date} stands for the day the run was scheduled for.
@@ -82,22 +86,28 @@ def nightly(
             "batch_size": generation.batch_size,
             "scorer": scorer,
             "policy": policy.model_dump(mode="json"),
+            "budget": budget.model_dump(mode="json"),
         },
     )
     with Events(Store(store), run, name) as events:
         with events.step("plan", inputs=[layout.manifest(snapshot.sha256)], outputs=[layout.plan(run, 0)]):
-            plan = steps.plan(
-                store,
-                snapshot,
-                run,
-                recipe,
-                generation.candidates,
-                shard_size=generation.shard_size,
-                batch_size=generation.batch_size,
-                edition=edition,
-            )
+            sizes = {"shard_size": generation.shard_size, "batch_size": generation.batch_size, "edition": edition}
+            plan = steps.plan(store, snapshot, run, recipe, generation.candidates, **sizes)
         with events.step("generate", inputs=[layout.plan(run, 0)]) as event:
-            made = generate_and_score(store, plan, recipe, generation.batch_size, scoring, scorer)
+            canary = partial(steps.check_canary, store, fingerprint=scorer, policy=policy, budget=budget)
+            make = partial(
+                generate_and_score,
+                store,
+                recipe=recipe,
+                batch_size=generation.batch_size,
+                scoring=scoring,
+                scorer=scorer,
+                canary=canary,
+            )
+            again = partial(
+                steps.top_up, store, snapshot, recipe, generation.candidates, scorer, policy, budget, sizes=sizes
+            )
+            plan, made, given_up = in_rounds(plan, make, again)
             event.counts.update(made=sum(m.made for m in made), found=sum(m.found for m in made))
         with events.step("select", inputs=[layout.plan(run, 0)], outputs=[layout.ledger(run)]) as event:
             selection = steps.select(store, plan, snapshot, scorer, policy)
@@ -125,6 +135,8 @@ def nightly(
         "seconds": time.monotonic() - started,
         "counts": selection.counts,
         "rejection_rate": selection.rejection_rate,
+        "rounds": plan.round + 1,
+        "given_up": given_up,
         "dataset": name,
         "version": released.version,
         "release": Store(store).uri(layout.release(name, released.version)),
@@ -132,13 +144,39 @@ def nightly(
     }
 
 
+def in_rounds(
+    plan: PlanRef,
+    make: Callable[[PlanRef], list[ShardMade]],
+    top_up: Callable[[PlanRef, float], tuple[PlanRef | None, int]],
+) -> tuple[PlanRef, list[ShardMade], int]:
+    """Make a plan, and then one round after the other for the prompts that still lack images.
+
+    `top_up` is told all that was planned and the seconds it took. Returns all rounds' plans together, what was made, and how many
+    prompts were given up.
+    """
+    made = make(plan)
+    while True:
+        further, given_up = top_up(plan, sum(shard.seconds for shard in made))
+        if further is None:
+            return plan, made, given_up
+        made += make(further)
+        plan = plan.and_then(further)
+
+
 def generate_and_score(
-    store: str, plan: PlanRef, recipe: Recipe, batch_size: int, scoring: Scoring, scorer: str
+    store: str,
+    plan: PlanRef,
+    recipe: Recipe,
+    batch_size: int,
+    scoring: Scoring,
+    scorer: str,
+    canary: Callable[[ShardRef], None],
 ) -> list[ShardMade]:
     """Generate shard after shard, and score each as soon as it is made, while the next one is generated.
 
-    A shard that fails does not stop the others; a recipe the engine cannot follow is not tried again. Raises RunIncomplete
-    at the end, ScorerError at once.
+    The first shard of a run goes alone: `canary` looks at its scores, and raises where the others would be wasted. A shard
+    that fails does not stop the others; a recipe the engine cannot follow is not tried again. Raises RunIncomplete at the end,
+    ScorerError at once.
     """
     finished: SimpleQueue[tuple[Any, ShardRef, PrefectFuture]] = SimpleQueue()
     waiting = deque(plan.shards)
@@ -146,6 +184,7 @@ def generate_and_score(
     made: list[ShardMade] = []
     failed: list[str] = []
     hopeless: dict[str, str] = {}  # recipe → why
+    first = plan.shards[0] if plan.round == 0 and len(plan.shards) > 1 else None
 
     def start(step: Any, shard: ShardRef, *args: Any) -> None:
         nonlocal running
@@ -166,18 +205,22 @@ def generate_and_score(
             result = future.result(raise_on_failure=False)
             if isinstance(result, EngineError):
                 hopeless[shard.recipe_id] = f"{type(result).__name__}: {result}"
-            if step is steps.generate:  # never on a score, or two shards would be generated at once
-                start_next_shard()
+            if step is steps.generate and not (shard is first and isinstance(result, ShardMade)):
+                start_next_shard()  # never on a score, or two shards would be generated at once
             match result:
                 case ShardMade():
                     made.append(result)
                     start(steps.score, shard, scoring.scorer, scorer, scoring.batch_size)
                 case ShardScored():
                     progress.shard_done()
+                    if shard is first:
+                        canary(shard)
                 case ScorerError():
                     raise result
                 case error:
                     failed.append(f"{type(error).__name__}: {error}")
+            if step is steps.score and shard is first:
+                start_next_shard()
     if failed:
         raise RunIncomplete(
             f"{len(failed)} of {len(plan.shards)} shards of run {plan.run} failed, first with {failed[0]}; the others are "

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, field_validator
 
 from tasks.select import Policy
+from tasks.topup import Budget
 
 
 class Sampler(StrEnum):
@@ -60,4 +61,4 @@ class Scoring(BaseModel, frozen=True):
     batch_size: int = Field(64, ge=1, le=4096, description="images per call of the scorer (1–4096)")
 
 
-__all__ = ["Generation", "Policy", "Sampler", "Scoring"]
+__all__ = ["Budget", "Generation", "Policy", "Sampler", "Scoring"]

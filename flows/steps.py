@@ -19,6 +19,7 @@ from tasks.references import ManifestRef, PlanRef, ReleaseRef, Selection, ShardM
 from tasks.select import Policy
 from tasks.store import Store, layout
 from tasks.store.objects import may_pass
+from tasks.topup import Budget
 
 
 def worth_another_try(task: Any, run: TaskRun, state: State) -> bool:
@@ -74,6 +75,35 @@ def score(store: str, shard: ShardRef, scorer: str, fingerprint: str, batch_size
     from tasks.scorers import open_scorer
 
     return score_shard(Store(store), shard, fingerprint, lambda: open_scorer(scorer, batch_size))
+
+
+@step(name="canary")
+def check_canary(store: str, shard: ShardRef, fingerprint: str, policy: Policy, budget: Budget) -> None:
+    from tasks.topup import check_canary
+
+    check_canary(Store(store), shard, fingerprint, policy, budget)
+
+
+@step(name="top up")
+def top_up(
+    store: str,
+    manifest: ManifestRef,
+    recipe: Recipe,
+    candidates: int,
+    fingerprint: str,
+    policy: Policy,
+    budget: Budget,
+    so_far: PlanRef,
+    seconds: float,
+    sizes: dict[str, Any],
+) -> tuple[PlanRef | None, int]:
+    from tasks.plan import plan
+    from tasks.topup import next_round
+
+    def plan_round(number: int, more: Any) -> PlanRef:
+        return plan(Store(store), manifest, so_far.run, recipe, candidates, round=number, more=more, **sizes)
+
+    return next_round(Store(store), so_far, manifest, fingerprint, policy, budget, seconds, plan_round)
 
 
 @step(name="select")

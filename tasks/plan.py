@@ -1,8 +1,9 @@
 """From a manifest to work orders: which candidates a run wants, and which of them are in the store already.
 
-New candidates are cut into shards of one recipe each, in the order of the manifest, a prompt's candidates together. Candidates
-that any run has made before are wanted from the shards they lie in (`ShardRef.reused`). The work is done in slices: only the
-manifest and three numbers a candidate found in the store are held in memory throughout.
+New candidates are cut into shards of one recipe each, in the order of the manifest (but for the first shard, which samples all
+of it), a prompt's candidates together. Candidates that any run has made before are wanted from the shards they lie in
+(`ShardRef.reused`). The work is done in slices: only the manifest and three numbers a candidate found in the store are held in
+memory throughout.
 """
 
 import json
@@ -42,13 +43,15 @@ def plan(
     batch_size: int,
     round: int = 0,
     edition: str = "",
+    more: pl.DataFrame | None = None,
     check: Callable[[Recipe], None] = lambda recipe: None,
 ) -> PlanRef:
     """Plan a round of a run; if it is planned already, return that plan.
 
     `defaults` and `n_candidates` hold where a prompt has no value of its own; `shard_size` is rounded up to whole batches.
     A prompt's candidates count from 0, and in each further edition from a place of its own (`first_index`), so that all are
-    new; what exists, made by whatever run, is reused.
+    new; what exists, made by whatever run, is reused. A top-up round has only the prompts of `more` (prompt_id, made: candidates
+    of earlier rounds, n: further ones), which go on counting.
 
     `check` is called with each recipe before anything is made of it, and raises where no engine could follow it.
 
@@ -65,12 +68,13 @@ def plan(
         size = -(-shard_size // batch_size) * batch_size
         first = first_index(store, edition)
         shards: list[ShardRef] = []
-        for recipe, prompts in _by_recipe(_read_prompts(store, manifest, n_candidates), defaults):
+        wanted = _read_prompts(store, manifest, n_candidates).with_columns(first=pl.lit(first, pl.Int32))
+        for recipe, prompts in _by_recipe(wanted if more is None else _further(wanted, more), defaults):
             check(recipe)
             _describe(store, recipe)
-            prompts = prompts.with_columns(first=pl.lit(first, pl.Int32))
             found = _find_made(store, recipe.recipe_id, prompts)
-            for block in chain(_reused(prompts, found), _new(prompts, found, size)):
+            cuts = (_new(part, found, size) for part in (_canary_first(prompts, size) if more is None else [prompts]))
+            for block in chain(_reused(prompts, found), *cuts):
                 shards += _write_orders(store, run, round, len(shards), recipe.recipe_id, batch_size, block)
         planned = {**asdict(PlanRef(run, round, tuple(shards))), "asked": asked}
         store.create(commit, json.dumps(planned, indent=1).encode())
@@ -114,6 +118,15 @@ def _read_prompts(store: Store, manifest: ManifestRef, n_candidates: int) -> pl.
     columns = ["prompt_id", "prompt", "negative_prompt", *OVERRIDES, "n_candidates"]
     prompts = store.read_frame(layout.manifest(manifest.sha256), columns)
     return prompts.with_row_index("number").with_columns(n=pl.col("n_candidates").fill_null(n_candidates))
+
+
+def _further(prompts: pl.DataFrame, more: pl.DataFrame) -> pl.DataFrame:
+    """The prompts of a top-up round, whose candidates go on counting after those already made."""
+    return (
+        prompts.drop("n")
+        .join(more, on="prompt_id", maintain_order="left")
+        .with_columns(pl.col("n").cast(pl.Int32), first=(pl.col("first") + pl.col("made")).cast(pl.Int32))
+    )
 
 
 def _by_recipe(prompts: pl.DataFrame, defaults: Recipe) -> Iterator[tuple[Recipe, pl.DataFrame]]:
@@ -195,6 +208,18 @@ def _new(prompts: pl.DataFrame, found: pl.DataFrame, size: int) -> Iterator[pl.D
         rest = rows.slice(whole)
     if len(rest):
         yield _cut(rest, size)
+
+
+def _canary_first(prompts: pl.DataFrame, size: int) -> list[pl.DataFrame]:
+    """The prompts of a run's first shard, which come from all over the manifest since a run may be stopped by what becomes of
+    them, and the others; all together where the first shard holds a quarter of them anyway."""
+    wanted = max(1, size // max(1, int(prompts["n"].max() or 1)))
+    step = prompts.height // wanted
+    if step < 4:
+        return [prompts]
+    number = pl.int_range(pl.len())
+    picked = (number % step == 0) & (number < wanted * step)
+    return [prompts.filter(picked), prompts.filter(~picked)]
 
 
 def _cut(rows: pl.DataFrame, size: int) -> pl.DataFrame:

@@ -30,7 +30,7 @@ class ShardRef:
 
 @dataclass(frozen=True)
 class PlanRef:
-    """A committed plan: `runs/<run>/plan/round-<n>/plan.json`."""
+    """A committed plan: `runs/<run>/plan/round-<n>/plan.json`; or several of one run together, up to round n."""
 
     run: str
     round: int
@@ -39,6 +39,10 @@ class PlanRef:
     @property
     def candidates(self) -> int:
         return sum(shard.candidates for shard in self.shards)
+
+    def and_then(self, further: "PlanRef") -> "PlanRef":
+        """This plan together with that of a later round."""
+        return PlanRef(self.run, further.round, self.shards + further.shards)
 
 
 @dataclass(frozen=True)

@@ -204,6 +204,23 @@ LEDGER = Table(
     ),
 )
 
+GIVEN_UP = Table(
+    "given_up",
+    1,
+    _columns(
+        Column("run", pa.string(), "the run"),
+        Column("prompt_id", pa.string(), "a prompt with fewer eligible candidates than its k_min"),
+        Column("stratum", pa.string(), "the group it belongs to"),
+        Column("k_min", pa.int32(), "images it must get"),
+        Column("made", pa.int64(), "candidates made, all rounds together"),
+        Column("eligible", pa.int64(), "of these, not gated and at or above the floor"),
+        Column("upper", pa.float64(), "upper 95 % bound of the share of eligible candidates"),
+        Column("reason", pa.string(), "why it gets no more: hopeless, prompt_cap, budget, rounds"),
+        Column("best", pa.string(), "candidate with the highest score; null: no image exists", True),
+        Column("score", pa.float32(), "its raw cosine", True),
+    ),
+)
+
 DATASET = Table(
     "dataset",
     1,

@@ -35,6 +35,11 @@ def ledger(run: str) -> str:
     return f"runs/{run}/ledger.parquet"
 
 
+def given_up(run: str) -> str:
+    """Prompts that got fewer images than they must, and why."""
+    return f"runs/{run}/given_up.parquet"
+
+
 def report(run: str) -> str:
     return f"runs/{run}/report.html"
 

@@ -7,9 +7,10 @@ import polars as pl
 import pytest
 
 from flows.nightly import nightly
-from flows.parameters import Generation, Policy, Scoring
+from flows.parameters import Budget, Generation, Policy, Scoring
 from tasks.select import SelectionError
 from tasks.store import Store, layout
+from tasks.topup import CanaryDied
 from tasks.trace import trace
 from tasks.verify import verify
 from tests.flows.conftest import MODEL, SCORER
@@ -108,3 +109,30 @@ def test_a_contradiction_is_told_and_loses_nothing(first, small_manifest):
     with pytest.raises(SelectionError, match="k_min"):
         run(small_manifest, store, policy=Policy(reject="0.9", k_min=2))
     assert verify(Store(store)).problems == []
+
+
+def test_prompts_that_lack_images_get_more_candidates(prefect_api, small_manifest, tmp_path):
+    """Two candidates are too few for most prompts; the further rounds ask only for those, and go on counting."""
+    policy = Policy(reject="0.5", floor=0.6, k_min=1)
+    budget = Budget(rounds=3, per_prompt=20)
+    summary = run(small_manifest, tmp_path, candidates=2, policy=policy, budget=budget)
+    assert summary["rounds"] > 1
+    verdicts = ledger(tmp_path, summary["run"])
+    by_prompt = verdicts.group_by("prompt_id").agg(
+        pl.len(), accepted=(pl.col("verdict") == "accepted").sum(), indexes=pl.col("index").sort()
+    )
+    assert all(row["indexes"] == list(range(row["len"])) for row in by_prompt.iter_rows(named=True))
+    assert by_prompt["len"].min() == 2 and by_prompt["len"].max() <= 20
+    assert by_prompt.filter(pl.col("accepted") == 0).height == summary["given_up"]
+    good_at_once = verdicts.filter(pl.col("index") < 2).group_by("prompt_id").agg(pl.col("score").max())
+    more = by_prompt.filter(pl.col("len") > 2)["prompt_id"]
+    assert set(more) == set(good_at_once.filter(pl.col("score") < 0.6)["prompt_id"])
+    assert verify(Store(tmp_path)).problems == []
+    again = run(small_manifest, tmp_path, candidates=2, policy=policy, budget=budget)
+    assert (again["made"], again["version"], again["given_up"]) == (0, summary["version"], summary["given_up"])
+
+
+def test_a_dead_canary_stops_the_run_after_its_first_shard(prefect_api, small_manifest, tmp_path):
+    with pytest.raises(CanaryDied, match="of the first 16 candidates, 16 are below the floor"):
+        run(small_manifest, tmp_path, policy=Policy(floor=0.99))
+    assert len([key for key in Store(tmp_path).list("scores") if key.endswith(".parquet")]) == 1

@@ -92,6 +92,19 @@ def test_shards_are_cut_in_order_and_a_prompts_candidates_stay_together(store):
         assert not shard.reused
 
 
+def test_the_first_shard_of_a_long_plan_samples_the_whole_manifest(store):
+    prompts = [f"{stratum} {number}" for stratum in ("day", "dusk", "night") for number in range(20)]
+    ref = manifest(store, prompts, stratum=[prompt.split()[0] for prompt in prompts])
+    planned = plan(store, ref, "run", RECIPE, 3, shard_size=18, batch_size=6)
+    first = orders(store, planned.shards[0])
+    assert planned.shards[0].candidates == 18
+    assert first["prompt"].str.split(" ").list.first().value_counts().sort("prompt").rows() == [
+        ("day", 6), ("dusk", 6), ("night", 6)
+    ]  # fmt: skip
+    rows = wanted(store, planned)
+    assert rows.height == 180 and rows["candidate_id"].is_unique().all()
+
+
 def test_a_prompts_own_settings_make_recipes_and_shards_hold_one_recipe_each(store):
     ref = manifest(
         store,
