@@ -111,6 +111,59 @@ def run(
 
 
 @app.command()
+def reselect(
+    run_id: Annotated[
+        str,
+        typer.Option("--run", help="A finished run: its id or the beginning of it, a release such as demo@3, latest."),
+    ],
+    store: StoreOption = "out/store",
+    name: Annotated[str | None, typer.Option(help="Dataset that gets the next release; else the run's own.")] = None,
+    reject: Annotated[str | None, typer.Option(help="Rejection rate, exact: 0.6 or 3/5.")] = None,
+    floor: Annotated[
+        float | None, typer.Option(help="Accept nothing with a raw cosine below this; -1: no floor.")
+    ] = None,
+    k_min: Annotated[int | None, typer.Option(help="Images to accept per prompt at least.")] = None,
+    k_max: Annotated[int | None, typer.Option(help="Images to accept per prompt at most; 0: no limit.")] = None,
+) -> None:
+    """Another selection from a finished run, as a new release; no model is loaded. What is not given stays the run's."""
+    with _errors():
+        import time
+
+        from pydantic import ValidationError
+
+        from tasks import reselect as reselection
+        from tasks.runs import find_run
+        from tasks.store import Store
+
+        started, place = time.monotonic(), Store(store)
+        changes = _given(reject=reject, floor=floor, k_min=k_min, k_max=k_max)
+        try:
+            done = reselection.reselect(place, find_run(place, run_id), changes, name)
+        except ValidationError as error:
+            raise typer.BadParameter(_in_words(error)) from error
+        _print_summary(reselection.summary(place, done, time.monotonic() - started))
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help="A release such as demo@1, or a finished run.")],
+    b: Annotated[str, typer.Argument(help="Another.")],
+    store: StoreOption = "out/store",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every image that came or went.")] = False,
+) -> None:
+    """What came, went and changed between two releases, and why."""
+    with _errors():
+        from tasks import diff as comparing
+        from tasks.store import Store
+
+        found = comparing.diff(Store(store), a, b)
+        if as_json:
+            typer.echo(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
+        else:
+            typer.echo(comparing.text(found, width=shutil.get_terminal_size((120, 40)).columns))
+
+
+@app.command()
 def trace(
     image: Annotated[str, typer.Argument(help="Candidate id (8 digits are enough if unique) or an image file.")],
     store: StoreOption = "out/store",
@@ -225,6 +278,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
     counts, rate = summary["counts"], summary["rejection_rate"]
     table = Table.grid(padding=(0, 3))
     table.add_column(style="dim")
+    if "reselected_from" in summary:
+        table.add_row("selected again", f"from run {summary['reselected_from']}: {escape(summary['changes'])}")
     table.add_row(
         "manifest",
         f"{summary['prompts']} prompts in {summary['strata']} strata"
@@ -248,6 +303,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
         + (f" ({rate:.1%})" if rate is not None else "")
         + "".join(f", {counts[v]} {v}" for v in ("unsafe", "degenerate", "error") if counts[v]),
     )
+    if summary.get("lift"):
+        table.add_row("lift", escape(summary["lift"]))
     table.add_row("release", f"[bold]{summary['dataset']} v{summary['version']}[/]  {escape(summary['release'])}")
     table.add_row("report", escape(summary["report"]))
     console = Console(soft_wrap=True, highlight=False)

@@ -59,6 +59,12 @@ class Scoring(BaseModel, frozen=True):
 
     scorer: str = Field("data/models/tiny-clip-filter", description="OpenCLIP folder or hub name")
     batch_size: int = Field(64, ge=1, le=4096, description="images per call of the scorer (1–4096)")
+    judge: str = Field(
+        "", description="held-out OpenCLIP of another family, to tell whether the filter helps; empty: none"
+    )
+    on_no_lift: Literal["warn", "fail"] = Field(
+        "warn", description="where the judge sees no lift: warn that the filter selects noise, or fail"
+    )
 
 
 __all__ = ["Budget", "Generation", "Policy", "Sampler", "Scoring"]

@@ -9,7 +9,7 @@ class ManifestRef:
 
     sha256: str
     prompts: int  # distinct prompts
-    merged: int  # duplicate rows merged into them
+    merged: int | None  # duplicate rows merged into them; None: only the run that took it in knew
     bad_rows: int  # rows quarantined beside the snapshot
     strata: tuple[str, ...]
 

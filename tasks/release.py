@@ -149,7 +149,8 @@ def _sized_index(store: Store, recipe_id: str, shard: str) -> pl.DataFrame:
     index = read_index(store, recipe_id, shard)
     sizes = store.sizes(layout.shard(recipe_id, shard))
     images = pl.col("pixel_hash").count().over("part")
-    return index.with_columns(bytes=pl.col("part").replace_strict(sizes, return_dtype=pl.Int64) // images)
+    size = pl.col("part").replace_strict(sizes, default=0, return_dtype=pl.Int64)  # 0: lost, as who reads it will say
+    return index.with_columns(bytes=size // images)
 
 
 def _user_columns(store: Store, manifest: ManifestRef) -> pa.Table:

@@ -16,8 +16,9 @@ from typing import Any
 import polars as pl
 
 from tasks.engines import Recipe
+from tasks.errors import DarkroomError
 from tasks.identity import digest
-from tasks.store import Store, layout
+from tasks.store import Missing, Store, layout, snapshots
 from tasks.store.objects import public
 
 RUN_LENGTH = 12  # 48 bits: the chance of one collision among 10,000 runs is below 10⁻⁶
@@ -37,6 +38,10 @@ LIBRARIES = (
     "fsspec",
     "prefect",
 )
+
+
+class RunNotFound(DarkroomError):
+    """No finished run, or more than one, is what was named."""
 
 
 def open_run(store: Store, asked: dict[str, Any], flow_run: str | None = None) -> str:
@@ -69,6 +74,43 @@ def finished_runs(store: Store) -> list[str]:
     """The runs that have a ledger."""
     keys = ((key, key.split("/")) for key in store.list(layout.RUNS))
     return [parts[1] for key, parts in keys if len(parts) == 3 and key == layout.ledger(parts[1])]
+
+
+def find_run(store: Store, named: str) -> str:
+    """The finished run that is meant: by its id or the beginning of it, by a release (`demo@3`), or `latest`.
+
+    Raises RunNotFound.
+    """
+    dataset, at, version = named.partition("@")
+    if at:
+        return _releaser(store, dataset, version)
+    runs = finished_runs(store)
+    if not runs:
+        raise RunNotFound(f"{store!r} holds no finished run: is it the right place? A run writes to --store")
+    if named == "latest":
+        return max(runs, key=lambda run: (load_run(store, run)["started"], run))
+    fitting = [run for run in runs if named and run.startswith(named)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if not fitting and named and store.exists(layout.run(named)):
+        raise RunNotFound(
+            f"run {named} is not finished: start it again with the same command, it goes on where it stopped"
+        )
+    some = ", ".join((fitting or runs)[:5]) + ", …" * (len(fitting or runs) > 5)
+    raise RunNotFound(
+        f"'{named}' is the beginning of {len(fitting) or 'no'} finished run{'s' * bool(fitting)} in {store!r}: give one of "
+        f"{some}; or a release, such as demo@3; or latest"
+    )
+
+
+def _releaser(store: Store, dataset: str, version: str) -> str:
+    """The run that made a release."""
+    try:
+        return snapshots.load(store, layout.dataset(dataset), int(version))["run"]
+    except (Missing, ValueError):
+        there = snapshots.versions(store, layout.dataset(dataset))
+        known = f"it has {', '.join(f'{dataset}@{number}' for number in there)}" if there else f"it has no '{dataset}'"
+        raise RunNotFound(f"there is no release '{dataset}@{version}' in {store!r}: {known}") from None
 
 
 def load_recipe(store: Store, recipe_id: str) -> Recipe:

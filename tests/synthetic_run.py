@@ -201,7 +201,7 @@ def _write_ledger(
     """The best of the usable rows are accepted, until the policy's rate is met; ties do not occur."""
     prompts = store.read_frame(layout.manifest(manifest.sha256))
     usable = rows.filter(pl.col("verdict").is_null()).sort("score", descending=True)
-    accepted = usable.head(usable.height - round(float(policy.reject) * usable.height))["candidate_id"].to_list()
+    accepted = usable.head(usable.height - round(policy.rate * usable.height))["candidate_id"].to_list()
     ledger = (
         rows.join(prompts.select("prompt_id", "stratum"), on="prompt_id", how="left", maintain_order="left")
         .with_columns(

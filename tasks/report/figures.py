@@ -6,6 +6,7 @@ from typing import Any
 
 import polars as pl
 
+from tasks.lift import Lift
 from tasks.references import Selection
 from tasks.select import Policy
 
@@ -171,3 +172,22 @@ def _round_step(span: float, parts: int) -> float:
         return 0.01
     power = 10.0 ** math.floor(math.log10(span / parts))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= span / parts * (1 - 1e-9))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Where the judge's lift stands on an axis that shows zero too, all in percent from the left."""
+
+    zero: float
+    low: float
+    high: float
+    lift: float
+
+
+def interval(lift: Lift | None) -> Interval | None:
+    """None where the judge's lift has no interval."""
+    if lift is None or lift.judge is None or lift.judge.low is None or lift.judge.high is None:
+        return None
+    points = (0.0, lift.judge.low, lift.judge.high, lift.judge.lift)
+    first, span = min(points), (max(points) - min(points)) or 1.0
+    return Interval(*(round(4 + 92 * (point - first) / span, 2) for point in points))

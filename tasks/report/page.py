@@ -18,6 +18,7 @@ import polars as pl
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from tasks.lift import Lift, signed
 from tasks.references import ManifestRef, PlanRef, ReleaseRef, Selection
 from tasks.report import figures, showcase
 from tasks.runs import load_run
@@ -41,12 +42,13 @@ def write_report(
     policy: Policy,
     release: ReleaseRef | None = None,
     facts: Mapping[str, Mapping[str, Any]] | None = None,
+    lift: Lift | None = None,
     limit: int = LIMIT,
 ) -> str:
     """Write the run's report and return its key.
 
     `name` is the dataset's; `facts` are further things worth knowing, as title → name → value (say, "Timings, seconds");
-    at most `limit` images are embedded. Raises Missing, CorruptObject.
+    `lift` fills the section on whether the filter helps; at most `limit` images are embedded. Raises Missing, CorruptObject.
     """
     ledger = showcase.read_ledger(store, selection)
     strips = showcase.extremes(ledger)
@@ -65,6 +67,8 @@ def write_report(
         run=(run := load_run(store, selection.run)),
         started=datetime.fromisoformat(run["started"]),
         facts=facts or {},
+        lift=lift,
+        interval=figures.interval(lift),
         total=ledger.height,
         asked=float(policy.rate),
         verdicts=VERDICTS,
@@ -185,7 +189,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # facts keep their order
-    environment.filters |= {"percent": figures.percent, "cosine": figures.cosine, "value": _value}
+    environment.filters |= {"percent": figures.percent, "cosine": figures.cosine, "signed": signed, "value": _value}
     return environment
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
+from tasks.lift import Lift, in_words
 from tasks.references import PlanRef, ReleaseRef, Selection
 from tasks.report import figures, showcase
 from tasks.report.contact_sheet import contact_sheet
@@ -36,12 +37,20 @@ def summarize(
     policy: Policy,
     release: ReleaseRef | None = None,
     report: str | None = None,
+    lift: Lift | None = None,
 ) -> str:
     """The summary of a finished run as markdown; `report` is where the whole report is. Raises Missing, CorruptObject."""
     ledger = showcase.read_ledger(store, selection)
     accepted, rejected = (_sheet(store, plan, ledger, verdict) for verdict in ("accepted", "rejected"))
     return summary_markdown(
-        selection, name=name, policy=policy, accepted=accepted, rejected=rejected, release=release, report=report
+        selection,
+        name=name,
+        policy=policy,
+        accepted=accepted,
+        rejected=rejected,
+        release=release,
+        report=report,
+        lift=lift,
     )
 
 
@@ -54,6 +63,7 @@ def summary_markdown(
     rejected: Sheet,
     release: ReleaseRef | None = None,
     report: str | None = None,
+    lift: Lift | None = None,
 ) -> str:
     """Counts by verdict, rejection rate, release and both contact sheets with their prompts and scores."""
     total = sum(selection.counts.values())
@@ -65,6 +75,7 @@ def summary_markdown(
         f"Report: `{report}`" if report else "",
         "| verdict | candidates | share | reasons |\n|---|---:|---:|---|\n"
         + "\n".join(_verdict(verdict, selection, total) for verdict in VERDICTS),
+        _lift(lift) if lift else "",
         _section("Accepted", accepted, selection.counts.get("accepted", 0)),
         _section("Rejected", rejected, selection.counts.get("rejected", 0)),
     ]
@@ -91,6 +102,11 @@ def _verdict(verdict: str, selection: Selection, total: int) -> str:
     words = ", ".join(f"{number:,} {_plain(reason, 60)}" for reason, number in why[:4])
     words += f", {len(why) - 4} other reasons" if len(why) > 4 else ""
     return f"| {verdict} | {count:,} | {figures.percent(count / total) if total else '—'} | {words} |"
+
+
+def _lift(lift: Lift) -> str:
+    told = f"Does the filter help? {_plain(in_words(lift), 400)}."
+    return f"**{told}**" if lift.warning else told
 
 
 def _section(title: str, sheet: Sheet, count: int) -> str:

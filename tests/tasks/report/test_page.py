@@ -9,8 +9,9 @@ import polars as pl
 import pytest
 
 from tasks import tables
+from tasks.lift import JudgeLift, Lift
 from tasks.references import ReleaseRef
-from tasks.report import page, write_report
+from tasks.report import figures, page, write_report
 from tasks.store import Store, layout
 from tasks.store.shards import read_index
 from tests.synthetic_run import SyntheticRun, synthetic_run
@@ -217,6 +218,35 @@ def test_starved_prompts_are_listed_up_to_a_limit(finished, monkeypatch):
     starved = html.split('class="starved"')[1].split("</ul>")[0]
     assert prompts[0]["prompt"] in starved and prompts[1]["prompt"] in starved and prompts[2]["prompt"] not in starved
     assert "and 1 more" in starved
+
+
+HELPS = JudgeLift("f" * 32, "models/<judge>", 1_234, 56, 0.2, 0.23, 0.03, 0.02, 0.04)
+
+
+@pytest.mark.parametrize(
+    ("judge", "said", "unsaid"),
+    [
+        (HELPS, ["+0.0300", "+0.0200 to +0.0400", "models/&lt;judge&gt;", "1,234 candidates of 56 prompts"], ["noise"]),
+        (replace(HELPS, low=-0.01), ["The filter may be selecting noise", "−0.0100 to +0.0400"], []),
+        (replace(HELPS, low=None, high=None, prompts=1), ["Too few prompts", "of 1 prompt to"], ["noise"]),
+        (None, ["No judge was asked"], ["noise", "interval"]),
+    ],
+)
+def test_it_says_whether_the_filter_helps(finished, browse, judge, said, unsaid):
+    report(finished, lift=Lift(23, 57, 23 / 57, 0.9075, 0.05, 0.041, judge))
+    section = browse(url(finished)).split('id="lift"')[1].split("</section>")[0]
+    for words in ["0.91 <small>nats", "+0.0500", "+0.0410", "40.4\u202f%", *said]:
+        assert words in section
+    assert not any(words in section for words in unsaid)
+    assert 'id="lift"' not in report(finished)  # where nothing was measured, nothing is claimed
+
+
+def test_the_interval_shows_zero_and_the_lift_in_its_place():
+    for low, high in ((0.02, 0.04), (-0.01, 0.04), (-0.05, -0.02)):
+        lift = (low + high) / 2
+        shown = figures.interval(Lift(1, 2, 0.5, 0.7, 0.1, 0.1, replace(HELPS, lift=lift, low=low, high=high)))
+        assert 0 < shown.low < shown.lift < shown.high < 100 and 0 < shown.zero < 100
+        assert (shown.zero < shown.low) == (low > 0) and (shown.zero > shown.high) == (high < 0)
 
 
 def test_a_memory_store_will_do():

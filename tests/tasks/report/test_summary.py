@@ -3,10 +3,12 @@
 import base64
 import io
 import re
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
+from tasks.lift import JudgeLift, Lift
 from tasks.references import ReleaseRef
 from tasks.report import summarize, summary_markdown
 from tasks.report.contact_sheet import MAX_BYTES
@@ -55,3 +57,12 @@ def test_a_prompt_is_one_plain_cell(finished, prompt):
     assert len(re.findall(r"(?<!\\)\|", row)) == 5  # four cells
     assert not re.search(r"(?<!\\)[<`*\[]", row) and len(row) < 250
     assert "## Rejected\n\nNone." in text
+
+
+def test_it_says_whether_the_filter_helps(finished):
+    judge = JudgeLift("f" * 32, "a_judge", 200, 40, 0.2, 0.23, 0.03, 0.02, 0.04)
+    helps = summary(finished, lift=Lift(23, 57, 0.4, 0.91, 0.05, 0.041, judge))
+    assert "Does the filter help? mean score +0.0410, by the held-out judge +0.0300 (+0.0200 to +0.0400), at" in helps
+    noise = summary(finished, lift=Lift(23, 57, 0.4, 0.91, 0.05, 0.041, replace(judge, low=-0.01)))
+    assert "**Does the filter help? The filter may be selecting noise: judge 'a\\_judge'" in noise
+    assert "Does the filter help?" not in summary(finished)
