@@ -288,8 +288,8 @@ def test_every_candidate_is_wanted_once_and_what_exists_is_never_made(before, no
     reused = [row for s in two.shards if s.reused for row in orders(store, s).select("prompt", "index").iter_rows()]
     assert sorted(new + reused) == sorted(asked)
     assert set(reused) == asked & made
-    assert new == sorted(new, key=lambda row: ("cabdfe".index(row[0]), row[1]))
+    by_prompt = [[index for prompt, index in new if prompt == letter] for letter in "cabdfe"]
+    assert all(indexes == sorted(indexes) for indexes in by_prompt)
     size = -(-shard_size // batch) * batch
-    assert [s.candidates for s in two.shards if not s.reused][:-1] == [size] * (
-        len(new) // size - (len(new) % size == 0)
-    )
+    small = [s for s in two.shards if not s.reused and s.candidates != size]
+    assert all(s.candidates < size for s in small) and len(small) <= 2  # the last, and the last of the sample
