@@ -23,7 +23,7 @@ install: .venv/.installed
 	touch $@
 
 demo: install  ## the demo manifest becomes a release; then the ground truth says how good it is
-	$(BIN)/darkroom run data/manifests/demo.parquet --store $(STORE) --name demo
+	$(BIN)/darkroom run data/manifests/demo.parquet --store $(STORE) --name demo --judge data/models/tiny-clip-judge
 	@$(BIN)/python data/models/ground_truth.py --store $(STORE) --name demo
 
 test: check unit

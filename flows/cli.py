@@ -22,6 +22,11 @@ StoreOption = Annotated[
 ]
 
 
+class OnNoLift(StrEnum):
+    warn = "warn"
+    fail = "fail"
+
+
 class OnBadRows(StrEnum):
     fail = "fail"
     quarantine = "quarantine"
@@ -39,6 +44,10 @@ def run(
     candidates: Annotated[int | None, typer.Option(help="Images to make per prompt.")] = None,
     model: Annotated[str | None, typer.Option(help="Diffusers folder or hub name.")] = None,
     scorer: Annotated[str | None, typer.Option(help="OpenCLIP folder or hub name.")] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="OpenCLIP model of another family, to see whether the filter helps.")
+    ] = None,
+    on_no_lift: Annotated[OnNoLift, typer.Option(help="What to do where the judge sees no gain.")] = OnNoLift.warn,
     sampler: Annotated[str | None, typer.Option(help="ddpm, ddim, dpm++, plms, euler, euler_a, unipc or lcm.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
@@ -79,7 +88,7 @@ def run(
                     shard_size=shard_size,
                 )
             )
-            scoring = Scoring(**_given(scorer=scorer))
+            scoring = Scoring(**_given(scorer=scorer, judge=judge, on_no_lift=on_no_lift.value))
             policy = Policy(**_given(reject=reject, floor=floor, k_min=k_min, k_max=k_max))
             budget = Budget(
                 **_given(
@@ -93,7 +102,7 @@ def run(
             )
         except ValidationError as error:
             raise typer.BadParameter(_in_words(error)) from error
-        _check_names(manifest, store, name, generation.model, scoring.scorer)
+        _check_names(manifest, store, name, generation.model, scoring)
         from flows.nightly import nightly  # Prefect takes seconds to start
 
         summary = nightly(
@@ -235,9 +244,10 @@ def _quiet_prefect(verbose: bool) -> None:
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
 
 
-def _check_names(manifest: str, store: str, name: str, model: str, scorer: str) -> None:
+def _check_names(manifest: str, store: str, name: str, model: str, scoring: Any) -> None:
     """What can be told to be wrong at once, before Prefect is started: the flow would find the same. Raises DarkroomError."""
     from tasks.engines.models import locate
+    from tasks.lift import check_judge
     from tasks.manifest_files import find_files
     from tasks.release import check_name
     from tasks.scorers.openclip import fingerprint
@@ -247,7 +257,9 @@ def _check_names(manifest: str, store: str, name: str, model: str, scorer: str) 
     Store(store)
     find_files(manifest)
     locate(model)
-    fingerprint(scorer)
+    scorer = fingerprint(scoring.scorer)
+    if scoring.judge:
+        check_judge(scorer, fingerprint(scoring.judge))
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The main flow: a manifest of prompts in, a filtered, versioned, traceable image dataset out.
 
-    ingest → plan → generate ⇉ score → select → release → lineage → report
+    ingest → plan → generate ⇉ score → (top up) → select → release → lineage → report
 
 Starting it again with the same parameters goes on where it stopped: what the store holds is never made twice.
 """
@@ -22,6 +22,7 @@ from flows.parameters import Budget, Generation, Policy, Scoring
 from flows.progress import Progress
 from tasks.engines import EngineError, Recipe
 from tasks.errors import DarkroomError
+from tasks.lift import LiftError, check_judge, in_words, judge_sample, require_lift
 from tasks.lineage import Events
 from tasks.references import PlanRef, ShardMade, ShardRef, ShardScored
 from tasks.release import ReleaseError, check_name
@@ -73,6 +74,9 @@ def nightly(
     edition = edition.replace("{date}", scheduled_date())
     recipe = default_recipe(generation.model, **generation.chosen())
     scorer = fingerprint(scoring.scorer)
+    judge = fingerprint(scoring.judge) if scoring.judge else None
+    if judge:
+        check_judge(scorer, judge)
 
     snapshot = steps.ingest(store, manifest, generation.model, scoring.scorer, on_bad_rows)
     run = steps.open_run(
@@ -85,6 +89,7 @@ def nightly(
             "candidates": generation.candidates,
             "batch_size": generation.batch_size,
             "scorer": scorer,
+            **({"judge": judge} if judge else {}),
             "policy": policy.model_dump(mode="json"),
             "budget": budget.model_dump(mode="json"),
         },
@@ -109,20 +114,24 @@ def nightly(
             )
             plan, made, given_up = in_rounds(plan, make, again)
             event.counts.update(made=sum(m.made for m in made), found=sum(m.found for m in made))
+        for shard in judge_sample(plan) if judge else ():
+            steps.score(store, shard, scoring.judge, judge, scoring.batch_size)
         with events.step("select", inputs=[layout.plan(run, 0)], outputs=[layout.ledger(run)]) as event:
             selection = steps.select(store, plan, snapshot, scorer, policy)
             event.counts.update(selection.counts)
         summary = summarize(started, plan, made)
+        lift = steps.lift(store, selection, plan, judge)
         with events.step("release", inputs=[selection.ledger]) as event:
             try:
+                require_lift(lift, scoring.on_no_lift)
                 released = steps.release(store, name, selection, plan, snapshot)
-            except ReleaseError:  # nothing to release: the report shows why
-                steps.report(store, name, selection, None, plan, snapshot, policy, summary)
+            except (ReleaseError, LiftError):  # the report shows why
+                steps.report(store, name, selection, None, plan, snapshot, policy, lift, summary)
                 raise
             event.outputs += released.files
         with events.step("lineage", inputs=[selection.ledger], outputs=[layout.lineage_images(run)]):
             steps.lineage(store, selection, plan, snapshot, released)
-        report = steps.report(store, name, selection, released, plan, snapshot, policy, summary)
+        report = steps.report(store, name, selection, released, plan, snapshot, policy, lift, summary)
 
     return {
         "run": run,
@@ -135,6 +144,7 @@ def nightly(
         "seconds": time.monotonic() - started,
         "counts": selection.counts,
         "rejection_rate": selection.rejection_rate,
+        "lift": in_words(lift),
         "rounds": plan.round + 1,
         "given_up": given_up,
         "dataset": name,

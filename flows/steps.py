@@ -15,6 +15,7 @@ from prefect.states import State
 
 from flows import progress
 from tasks.engines import Recipe
+from tasks.lift import Lift
 from tasks.references import ManifestRef, PlanRef, ReleaseRef, Selection, ShardMade, ShardRef, ShardScored
 from tasks.select import Policy
 from tasks.store import Store, layout
@@ -113,6 +114,13 @@ def select(store: str, plan: PlanRef, manifest: ManifestRef, fingerprint: str, p
     return judge_run(Store(store), plan, manifest, fingerprint, policy, plan.run)
 
 
+@step(name="lift")
+def lift(store: str, selection: Selection, plan: PlanRef, judge: str | None) -> Lift:
+    from tasks.lift import measure_lift
+
+    return measure_lift(Store(store), selection, plan, judge)
+
+
 @step(name="release")
 def release(store: str, name: str, selection: Selection, plan: PlanRef, manifest: ManifestRef) -> ReleaseRef:
     from tasks.release import release
@@ -136,6 +144,7 @@ def report(
     plan: PlanRef,
     manifest: ManifestRef,
     policy: Policy,
+    lift: Lift,
     summary: dict[str, Any],
 ) -> str:
     """Write the HTML report and the summary that Prefect shows; returns where the report is.
@@ -150,9 +159,11 @@ def report(
     facts = {"This run": {title.replace("_", " "): value for title, value in summary.items() if value is not None}}
     key = layout.report(selection.run)
     if summary["made"] or not place.exists(key):
-        write_report(place, selection, plan, manifest, name=name, policy=policy, release=released, facts=facts)
+        write_report(
+            place, selection, plan, manifest, name=name, policy=policy, release=released, lift=lift, facts=facts
+        )
     create_markdown_artifact(
-        summarize(place, selection, plan, name=name, policy=policy, release=released, report=place.uri(key)),
+        summarize(place, selection, plan, name=name, policy=policy, release=released, lift=lift, report=place.uri(key)),
         key=f"run-{selection.run}",
         description=f"{name}: what run {selection.run} came to",
     )

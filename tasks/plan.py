@@ -213,7 +213,7 @@ def _new(prompts: pl.DataFrame, found: pl.DataFrame, size: int) -> Iterator[pl.D
 def _canary_first(prompts: pl.DataFrame, size: int) -> list[pl.DataFrame]:
     """The prompts of a run's first shard, which come from all over the manifest since a run may be stopped by what becomes of
     them, and the others; all together where the first shard holds a quarter of them anyway."""
-    wanted = max(1, size // max(1, int(prompts["n"].max() or 1)))
+    wanted = max(1, size // prompts.select(pl.col("n").max()).item())
     step = prompts.height // wanted
     if step < 4:
         return [prompts]
