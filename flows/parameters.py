@@ -58,6 +58,9 @@ class Scoring(BaseModel, frozen=True):
 
     scorer: str = Field("data/models/tiny-clip-filter", description="OpenCLIP folder or hub name")
     batch_size: int = Field(64, ge=1, le=4096, description="images per call of the scorer (1–4096)")
+    safety: str = Field(
+        "", description="JSON file of concepts that must not be seen (tasks/gates/safety.py); empty: none"
+    )
 
 
 __all__ = ["Generation", "Policy", "Sampler", "Scoring"]
