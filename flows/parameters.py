@@ -65,6 +65,9 @@ class Scoring(BaseModel, frozen=True):
     on_no_lift: Literal["warn", "fail"] = Field(
         "warn", description="where the judge sees no lift: warn that the filter selects noise, or fail"
     )
+    safety: str = Field(
+        "", description="JSON file of concepts that must not be seen (tasks/gates/safety.py); empty: none"
+    )
 
 
 __all__ = ["Budget", "Generation", "Policy", "Sampler", "Scoring"]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tasks import tables
+from tasks.gates.phash import perceptual_hash
 from tasks.references import ShardRef, ShardScored
 from tasks.scorers import Scorer, ScorerError
 from tasks.scorers.known_answers import compare
@@ -47,15 +48,21 @@ def _scores(store: Store, shard: ShardRef, scorer: Scorer) -> list[dict[str, Any
     while batch := list(islice(images, scorer.batch_size)):
         pixels = np.stack([decode(data) for _, data in batch])
         scores = scorer.score(pixels, [prompts[candidate] for candidate, _ in batch])
-        for (candidate, _), cosine, embedding in zip(batch, scores.cosine, scores.embedding, strict=True):
-            judged[candidate] = {"cosine": cosine, "embedding": embedding.astype(np.float16)}
+        for (candidate, _), image, cosine, embedding in zip(
+            batch, pixels, scores.cosine, scores.embedding, strict=True
+        ):
+            judged[candidate] = {
+                "cosine": cosine,
+                "embedding": embedding.astype(np.float16),
+                "phash": perceptual_hash(image),
+            }
     counts = scorer.count_tokens(list(prompts.values()))
     return [
         {
             "candidate_id": candidate,
             "n_tokens": n_tokens,
             "truncated": n_tokens > scorer.context_length,
-            **judged.get(candidate, {"cosine": None, "embedding": None}),
+            **judged.get(candidate, {"cosine": None, "embedding": None, "phash": None}),
         }
         for candidate, n_tokens in zip(prompts, counts, strict=True)
     ]

@@ -168,13 +168,31 @@ SHARD_INDEX = Table(
 
 SCORES = Table(
     "scores",
-    1,
+    2,  # 1 had no phash: its files are read with null there, and what needs the hash says so
     _columns(
         Column("candidate_id", pa.string(), "the candidate"),
         Column("cosine", pa.float32(), "raw cosine of image and prompt in [-1, 1]; null: there is no image", True),
         Column("n_tokens", pa.int32(), "tokens of the prompt, begin and end included, before truncation"),
         Column("truncated", pa.bool_(), "whether the scorer saw only the beginning of the prompt"),
         Column("embedding", pa.list_(pa.float16()), "unit-norm embedding of the image; null: there is no image", True),
+        Column(
+            "phash", pa.uint64(), "perceptual hash of the image (tasks/gates/phash.py); null: there is no image", True
+        ),
+    ),
+)
+
+SAFETY = Table(
+    "safety",
+    1,
+    _columns(
+        Column("candidate_id", pa.string(), "the candidate"),
+        Column("unsafe", pa.string(), "what the safety gate saw; null: nothing, or there is no image", True),
+        Column(
+            "margins",
+            pa.list_(pa.float32()),
+            "by how much each concept of gate.json, in its order, fits better than what is harmless; null: no image",
+            True,
+        ),
     ),
 )
 

@@ -192,6 +192,7 @@ def _score(row: dict) -> dict:
         "n_tokens": tokens,
         "truncated": False,
         "embedding": embedding,
+        "phash": row["seed"] if made else None,
     }
 
 

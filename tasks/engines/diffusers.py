@@ -182,14 +182,18 @@ def _quantised(images: "torch.Tensor") -> "np.ndarray":
 
 
 def _watch_decoder(pipeline: Any) -> list["np.ndarray"]:
-    """A list to which every call of the VAE's decoder adds bool [n]: which images are finite.
+    """A list to which every call of the VAE's decoder adds bool [n]: which latents and images are finite.
 
-    It has to be seen there: the pipeline clamps what it returns to [0, 1], and infinity with it.
+    It has to be seen there: a decoder may squash infinite latents to finite pixels (that of TAESD begins with a tanh), and
+    the pipeline clamps what it returns to [0, 1], and infinity with it.
     """
     finite: list[np.ndarray] = []
-    pipeline.vae.decoder.register_forward_hook(
-        lambda _module, _inputs, image: finite.append(image.isfinite().flatten(1).all(1).cpu().numpy())
-    )
+
+    def look(_module: Any, inputs: tuple["torch.Tensor", ...], image: "torch.Tensor") -> None:
+        seen = inputs[0].isfinite().flatten(1).all(1) & image.isfinite().flatten(1).all(1)
+        finite.append(seen.cpu().numpy())
+
+    pipeline.vae.decoder.register_forward_hook(look)
     return finite
 
 

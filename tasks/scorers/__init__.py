@@ -45,6 +45,9 @@ class Scorer(Protocol):
     def score(self, pixels: "np.ndarray", prompts: Sequence[str]) -> Scores:
         """Judge images uint8 [n, height, width, 3] against their prompts, in batches, with each distinct text encoded once."""
 
+    def embed_texts(self, texts: Sequence[str]) -> "np.ndarray":
+        """Unit vectors float32 [n, d] of texts, in the space of the images' embeddings."""
+
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
         """The tokens of each prompt, begin and end included, before truncation."""
 

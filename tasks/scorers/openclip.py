@@ -271,6 +271,13 @@ class OpenClipScorer:
         cosine = (images * texts).sum(dim=1).clamp(-1, 1)
         return Scores(cosine.numpy(), images.numpy())
 
+    @on_model_thread
+    def embed_texts(self, texts: Sequence[str]) -> "np.ndarray":
+        import torch
+
+        with torch.inference_mode():
+            return self._encode_texts(texts).numpy()
+
     def _encode_images(self, pixels: "np.ndarray") -> "torch.Tensor":
         """Unit vectors [n, d] of images uint8 [n, height, width, 3]."""
         import torch

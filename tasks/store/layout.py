@@ -86,6 +86,15 @@ def scores(fingerprint: str, shard: str) -> str:
     return f"scores/scorer={fingerprint}/{shard}.parquet"
 
 
+def safety_gate(gate: str) -> str:
+    """What a safety gate looks for, and the scorer whose embeddings it looks at."""
+    return f"safety/gate={gate}/gate.json"
+
+
+def safety(gate: str, shard: str) -> str:
+    return f"safety/gate={gate}/{shard}.parquet"
+
+
 def dataset(name: str) -> str:
     return f"datasets/{name}"
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import polars as pl
 
+from tasks import tables
 from tasks.store import layout
 from tasks.store.objects import CorruptObject, Store
 
@@ -16,6 +17,15 @@ def index_keys(store: Store) -> list[str]:
 def read_index(store: Store, recipe_id: str, shard: str) -> pl.DataFrame:
     """The index of a shard: tables.SHARD_INDEX, one row a candidate, in batch order. Raises Missing, CorruptObject."""
     return store.read_frame(layout.shard_index(recipe_id, shard))
+
+
+def read_scores(store: Store, fingerprint: str, shard: str, columns: list[str]) -> pl.DataFrame:
+    """Columns of a shard's scores (tables.SCORES), with null for what an earlier version of the table had not.
+
+    Raises Missing, CorruptObject.
+    """
+    rows = store.read_frame(layout.scores(fingerprint, shard), columns)
+    return pl.concat([tables.SCORES.empty().select(columns), rows], how="diagonal")
 
 
 def read_images(store: Store, index: pl.DataFrame) -> Iterator[tuple[str, bytes]]:

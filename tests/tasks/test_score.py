@@ -8,12 +8,13 @@ import polars as pl
 import pytest
 
 from tasks import tables
+from tasks.gates.phash import perceptual_hash
 from tasks.score import score_shard
 from tasks.scorers import ScorerError
 from tasks.scorers.openclip import OpenClipScorer
 from tasks.store import Missing, Store, layout
 from tasks.store.images import decode
-from tasks.store.shards import read_images, read_index
+from tasks.store.shards import read_images, read_index, read_scores
 from tests.synthetic_run import SyntheticRun, synthetic_run
 from tests.tasks.scorers.test_openclip import FILTER
 
@@ -44,6 +45,7 @@ def test_every_candidate_gets_the_score_of_its_image(run: SyntheticRun, scorer: 
     assert scores["truncated"].to_list() == [n > 24 for n in scores["n_tokens"]]
     assert scores["cosine"].is_null().to_list() == index["pixel_hash"].is_null().to_list()
     assert scores["embedding"].is_null().to_list() == index["pixel_hash"].is_null().to_list()
+    assert scores["phash"].is_null().to_list() == index["pixel_hash"].is_null().to_list()
     assert index["pixel_hash"].null_count() == 1
 
     images = dict(read_images(run.store, index))
@@ -53,6 +55,17 @@ def test_every_candidate_gets_the_score_of_its_image(run: SyntheticRun, scorer: 
             assert row["cosine"] == pytest.approx(alone.cosine[0], abs=1e-6)
             assert np.linalg.norm(np.array(row["embedding"], float)) == pytest.approx(1, abs=2e-3)
             assert np.array(row["embedding"], float) == pytest.approx(alone.embedding[0], abs=1e-3)
+            assert row["phash"] == perceptual_hash(decode(images[row["candidate_id"]]))
+
+
+def test_scores_from_before_the_perceptual_hash_have_null_there(run: SyntheticRun) -> None:
+    key = layout.scores(run.scorer, run.plan.shards[0].shard)
+    old = run.store.read_table(key).drop_columns("phash")
+    run.store.write_table(key, old)
+    rows = read_scores(run.store, run.scorer, run.plan.shards[0].shard, ["candidate_id", "phash"])
+    assert rows["candidate_id"].to_list() == old["candidate_id"].to_pylist()
+    assert rows.schema == {"candidate_id": pl.String, "phash": pl.UInt64}
+    assert rows["phash"].is_null().all()
 
 
 def test_scored_once(run: SyntheticRun, scorer: OpenClipScorer) -> None:

@@ -166,6 +166,27 @@ def test_only_the_image_that_is_not_finite_is_reported(tiny: Models, tmp_path: P
     assert not made.pixels[1].any()
 
 
+def test_latents_that_are_not_finite_are_reported_though_the_decoder_hides_them(
+    tiny: Models, tmp_path: Path, recipe: Recipe
+) -> None:
+    import torch
+
+    class Squash(torch.nn.Module):
+        """As TAESD's decoder begins."""
+
+        def forward(self, latents: torch.Tensor) -> torch.Tensor:
+            return latents.nan_to_num(0).tanh()
+
+    folder = poison(Path(shutil.copytree(tiny("sd15"), tmp_path / "poisoned")), "z")
+    engine = DiffusersEngine(str(folder), "float32", BATCH)
+    decoder = engine._pipeline.vae.decoder
+    decoder.conv_in = torch.nn.Sequential(Squash(), decoder.conv_in)
+    recipe = replace(recipe, model_digest=model_digest(folder), guidance=5.0)
+    made = engine.generate([Order("a", "", 1), Order("z", "", 2)], recipe)
+    assert made.pixels[1].any()
+    assert made.finite.tolist() == [True, False]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_smaller_number_formats_work(tiny: Models, dtype: str) -> None:
     recipe = default_recipe(tiny("sdxl"), steps=2, dtype=dtype)

@@ -229,6 +229,15 @@ def test_scores_are_raw_cosines_in_float32(scorer: OpenClipScorer) -> None:
     assert scores.cosine == pytest.approx((images * texts).sum(1).numpy(), abs=1e-5)
 
 
+def test_texts_and_images_are_embedded_in_one_space(scorer: OpenClipScorer) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    texts = ["a red circle", "a blue star"]
+    scores, embedded = scorer.score(pixels, texts), scorer.embed_texts(texts)
+    assert embedded.dtype == np.float32
+    assert np.linalg.norm(embedded, axis=1) == pytest.approx(1, abs=1e-5)
+    assert (embedded * scores.embedding).sum(axis=1) == pytest.approx(scores.cosine, abs=1e-6)
+
+
 def test_neighbours_do_not_matter(scorer: OpenClipScorer) -> None:
     pixels, prompts = noise(20), (PROMPTS * 7)[:20]
     together = scorer.score(pixels, prompts)
