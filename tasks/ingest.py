@@ -68,24 +68,39 @@ def ingest(
 
     Raises ManifestError (it cannot be used as a whole), BadRows (some rows cannot be used, or none can).
     """
+    kept, extra, bad, facts = _validated(manifest, limits, on_bad_rows)
+    prompts = _prompts(kept, extra)
+    del kept, extra  # a manifest may be large, and this was the copy
+    return ManifestRef(_commit(store, prompts, tables.BAD_ROWS.conform(bad.drop("kind"))), **facts)
+
+
+def _validated(
+    manifest: str, limits: Sequence[TokenLimit], on_bad_rows: str
+) -> tuple[pl.DataFrame, pa.Table, pl.DataFrame, dict[str, Any]]:
+    """The rows that are kept, as tables.PROMPTS and as the users' columns; the bad ones; what ManifestRef says of them."""
     sources = read_sources(manifest)
     rows, extra, unreadable = _interpret(sources)
     broken = check(rows, limits).join(unreadable, on=["position", "column"], how="anti", maintain_order="left")
-    good = rows.filter(~pl.col("position").is_in(pl.concat([unreadable, broken])["position"].implode()))
-    kept, conflicts = _merge_duplicates(good)
+    kept, conflicts = _merge_duplicates(_without(rows, pl.concat([unreadable, broken])))
     problems = pl.concat([unreadable, broken, conflicts]).sort("position", maintain_order=True)
     bad = _bad_rows(problems, rows, sources)
     bad_rows = problems["position"].n_unique()
     if bad_rows and (on_bad_rows == "fail" or kept.is_empty()):
         raise BadRows(_message(manifest, bad, bad_rows, rows.height), bad)
-    prompts = _prompts(kept, extra, rows.height)
-    return ManifestRef(
-        sha256=_commit(store, prompts, tables.BAD_ROWS.conform(bad.drop("kind"))),
-        prompts=kept.height,
-        merged=good.height - conflicts["position"].n_unique() - kept.height,
-        bad_rows=bad_rows,
-        strata=tuple(kept["stratum"].unique().sort()),
-    )
+    facts = {
+        "prompts": kept.height,
+        "merged": rows.height - bad_rows - kept.height,
+        "bad_rows": bad_rows,
+        "strata": tuple(kept["stratum"].unique().sort()),
+    }
+    if kept.height < rows.height:
+        mask = pl.int_range(rows.height, dtype=pl.UInt32, eager=True).is_in(kept["position"].implode()).to_arrow()
+        extra = pa.table([column.filter(mask) for column in extra.columns], extra.schema)
+    return kept.select(tables.PROMPTS.names), extra, bad, facts
+
+
+def _without(rows: pl.DataFrame, problems: pl.DataFrame) -> pl.DataFrame:
+    return rows.filter(~pl.col("position").is_in(problems["position"].implode())) if len(problems) else rows
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -163,6 +178,8 @@ def _merge_duplicates(good: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
     """
     named = good.with_columns(prompt_id=identity.prompt_id(pl.col("prompt"), pl.col("negative_prompt")))
     is_first = named["prompt_id"].is_first_distinct()
+    if is_first.all():
+        return named, PROBLEMS.to_frame()
     first = named.filter(is_first)
     later = named.filter(~is_first).join(
         first.select("prompt_id", "source", "row", *SETTINGS), on="prompt_id", suffix=":first", maintain_order="left"
@@ -260,12 +277,11 @@ def _message(manifest: str, bad: pl.DataFrame, bad_rows: int, rows: int) -> str:
 # --- the snapshot ----------------------------------------------------------------------------------------------------
 
 
-def _prompts(kept: pl.DataFrame, extra: pa.Table, rows: int) -> pa.Table:
+def _prompts(kept: pl.DataFrame, extra: pa.Table) -> pa.Table:
     """tables.PROMPTS of the kept rows, with the users' columns as they were."""
-    table = kept.select(tables.PROMPTS.names).to_arrow(compat_level=pl.CompatLevel.oldest())
-    mask = pl.int_range(rows, dtype=pl.UInt32, eager=True).is_in(kept["position"].implode()).to_arrow()
+    table = kept.to_arrow(compat_level=pl.CompatLevel.oldest())
     for name in extra.column_names:
-        table = table.append_column(extra.schema.field(name), extra[name].filter(mask))
+        table = table.append_column(extra.schema.field(name), extra[name])
     return tables.PROMPTS.conform(table)
 
 

@@ -5,7 +5,6 @@ agree, since they travel through untouched.
 """
 
 import difflib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +103,7 @@ def _find(fs: Any, root: str) -> dict[str, str]:
 def _read(fs: Any, path: str, name: str) -> Source:
     data = fs.cat_file(path)  # apart from reading it, so that a failing network is not taken for a broken file
     try:
-        table = pq.ParquetFile(io.BytesIO(data)).read()  # `read_table` would import pandas, for a second
+        table = pq.ParquetFile(pa.BufferReader(data)).read()  # `read_table` would import pandas, for a second
     except (pa.ArrowException, OSError) as error:
         raise ManifestError(f"'{name}' is not a readable Parquet file: {error}; write it again as Parquet") from error
     _check_columns(name, table.column_names)

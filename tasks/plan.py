@@ -7,22 +7,25 @@ memory throughout.
 """
 
 import json
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 
 from tasks import identity, tables
 from tasks.engines import Recipe
 from tasks.errors import DarkroomError
 from tasks.references import ManifestRef, PlanRef, ShardRef
 from tasks.store import Store, layout
+from tasks.store.objects import parquet_bytes
 
 OVERRIDES = ("width", "height", "steps", "guidance", "sampler")  # a manifest's columns that change the recipe
-SLICE = 250_000  # candidates worked on at once
+SLICE = 65_536  # candidates worked on at once: more are no faster, and take more memory
 THREADS = 16  # objects read or written at once: a remote store takes tens of milliseconds for each
 EDITION_STRIDE = 100_000  # more candidates than a prompt may have in all rounds of an edition
 KEY_DIGITS = 12  # of the content's digest, in the name of an orders file
@@ -67,15 +70,18 @@ def plan(
     if not store.exists(commit):
         size = -(-shard_size // batch_size) * batch_size
         first = first_index(store, edition)
-        shards: list[ShardRef] = []
-        wanted = _read_prompts(store, manifest, n_candidates).with_columns(first=pl.lit(first, pl.Int32))
-        for recipe, prompts in _by_recipe(wanted if more is None else _further(wanted, more), defaults):
-            check(recipe)
-            _describe(store, recipe)
-            found = _find_made(store, recipe.recipe_id, prompts)
-            cuts = (_new(part, found, size) for part in (_canary_first(prompts, size) if more is None else [prompts]))
-            for block in chain(_reused(prompts, found), *cuts):
-                shards += _write_orders(store, run, round, len(shards), recipe.recipe_id, batch_size, block)
+        numbers = count()
+
+        def orders() -> Iterator[tuple[ShardRef, pa.Table]]:
+            for recipe, prompts in _by_recipe(_wanted(store, manifest, n_candidates, first, more), defaults):
+                check(recipe)
+                _describe(store, recipe)
+                found = _find_made(store, recipe.recipe_id, prompts)
+                parts = _canary_first(prompts, size) if more is None else [prompts]
+                for block in chain(_reused(prompts, found), *(_new(part, found, size) for part in parts)):
+                    yield from _orders(run, round, numbers, recipe.recipe_id, batch_size, block)
+
+        shards = _write(store, orders())
         planned = {**asdict(PlanRef(run, round, tuple(shards))), "asked": asked}
         store.create(commit, json.dumps(planned, indent=1).encode())
     # What is committed counts: where another process planned this round in the meantime, its plan is the plan.
@@ -113,15 +119,17 @@ def first_index(store: Store, edition: str) -> int:
 # --- what is wanted --------------------------------------------------------------------------------------------------
 
 
-def _read_prompts(store: Store, manifest: ManifestRef, n_candidates: int) -> pl.DataFrame:
-    """`number` (place in the manifest), prompt, OVERRIDES, and how many candidates are wanted, `n`."""
+def _wanted(
+    store: Store, manifest: ManifestRef, n_candidates: int, first: int, more: pl.DataFrame | None
+) -> pl.DataFrame:
+    """`number` (place in the manifest), prompt, OVERRIDES, and the candidates wanted: `n` of them from index `first` on."""
     columns = ["prompt_id", "prompt", "negative_prompt", *OVERRIDES, "n_candidates"]
     prompts = store.read_frame(layout.manifest(manifest.sha256), columns)
-    return prompts.with_row_index("number").with_columns(n=pl.col("n_candidates").fill_null(n_candidates))
-
-
-def _further(prompts: pl.DataFrame, more: pl.DataFrame) -> pl.DataFrame:
-    """The prompts of a top-up round, whose candidates go on counting after those already made."""
+    prompts = prompts.with_row_index("number").with_columns(
+        n=pl.col("n_candidates").fill_null(n_candidates), first=pl.lit(first, pl.Int32)
+    )
+    if more is None:
+        return prompts
     return (
         prompts.drop("n")
         .join(more, on="prompt_id", maintain_order="left")
@@ -131,15 +139,19 @@ def _further(prompts: pl.DataFrame, more: pl.DataFrame) -> pl.DataFrame:
 
 def _by_recipe(prompts: pl.DataFrame, defaults: Recipe) -> Iterator[tuple[Recipe, pl.DataFrame]]:
     """The recipes of the manifest, each with its prompts, in order of appearance."""
-    settings = prompts.select(OVERRIDES).unique(maintain_order=True)
+    own, prompts = prompts.select(OVERRIDES), prompts.drop(OVERRIDES)
+    settings = own.unique(maintain_order=True)
     recipes = [
         replace(defaults, **{name: value for name, value in row.items() if value is not None})
         for row in settings.iter_rows(named=True)
     ]
     by_id = {recipe.recipe_id: recipe for recipe in recipes}
+    if len(by_id) == 1:
+        yield recipes[0], prompts
+        return
     settings = settings.with_columns(recipe_id=pl.Series([recipe.recipe_id for recipe in recipes]))
-    named = prompts.join(settings, on=OVERRIDES, nulls_equal=True, maintain_order="left").drop(*OVERRIDES)
-    for group in named.partition_by("recipe_id", maintain_order=True):
+    ids = own.join(settings, on=OVERRIDES, nulls_equal=True, maintain_order="left")["recipe_id"]
+    for group in prompts.with_columns(ids).partition_by("recipe_id", maintain_order=True):
         yield by_id[group["recipe_id"][0]], group
 
 
@@ -150,15 +162,20 @@ def _describe(store: Store, recipe: Recipe) -> None:
 
 def _expand(prompts: pl.DataFrame) -> Iterator[pl.DataFrame]:
     """A row a candidate (`number`, prompt, `index`), in slices of whole prompts."""
-    slices = prompts.with_columns(slice=(pl.col("n").cast(pl.Int64).cum_sum() - pl.col("n")) // SLICE)
-    for part in slices.partition_by("slice", maintain_order=True):
-        yield part.select(
-            "number",
-            "prompt_id",
-            "prompt",
-            "negative_prompt",
-            index=pl.int_ranges("first", pl.col("first") + pl.col("n"), dtype=pl.Int32),
-        ).explode("index")
+    slices = prompts.select((pl.col("n").cast(pl.Int64).cum_sum() - pl.col("n")) // SLICE).to_series().rle()
+    ends = slices.struct["len"].cum_sum()
+    for start, end in zip([0, *ends], ends, strict=False):
+        yield (
+            prompts[start:end]
+            .select(
+                "number",
+                "prompt_id",
+                "prompt",
+                "negative_prompt",
+                index=pl.int_ranges("first", pl.col("first") + pl.col("n"), dtype=pl.Int32),
+            )
+            .explode("index")
+        )
 
 
 # --- what exists -----------------------------------------------------------------------------------------------------
@@ -200,7 +217,7 @@ def _new(prompts: pl.DataFrame, found: pl.DataFrame, size: int) -> Iterator[pl.D
     rest = pl.DataFrame()
     for wanted in _expand(prompts):
         near = found.filter(pl.col("number").is_between(wanted["number"][0], wanted["number"][-1]))
-        missing = wanted.join(near, on=["number", "index"], how="anti", maintain_order="left")
+        missing = wanted.join(near, on=["number", "index"], how="anti", maintain_order="left") if len(near) else wanted
         rows = pl.concat([rest, missing]) if len(rest) else missing
         whole = len(rows) // size * size
         if whole:
@@ -241,10 +258,10 @@ def _reused(prompts: pl.DataFrame, found: pl.DataFrame) -> Iterator[pl.DataFrame
         yield part.join(texts, on="number", maintain_order="left")
 
 
-def _write_orders(
-    store: Store, run: str, round: int, number: int, recipe_id: str, batch_size: int, block: pl.DataFrame
-) -> list[ShardRef]:
-    """Write a block's orders, one table a shard, the first of them with this number.
+def _orders(
+    run: str, round: int, numbers: Iterator[int], recipe_id: str, batch_size: int, block: pl.DataFrame
+) -> Iterator[tuple[ShardRef, pa.Table]]:
+    """A block's shards, each with its orders; the files are numbered by `numbers`.
 
     The batch size is part of a shard's identity: its parts are its batches, and an image may vary with the size of its own.
 
@@ -263,12 +280,32 @@ def _write_orders(
         .select("content", "shard", "candidates", start=pl.col("candidates").cum_sum() - pl.col("candidates"))
     )
     orders = tables.ORDERS.conform(named.select(tables.ORDERS.names))
+    for content, shard, candidates, start in cuts.iter_rows():
+        key = layout.orders(run, round, next(numbers), content[:KEY_DIGITS])
+        yield (
+            ShardRef(recipe_id, shard or content, key, candidates, reused=shard is not None),
+            orders.slice(start, candidates),
+        )
 
-    def write(cut: tuple[int, tuple[str, str | None, int, int]]) -> ShardRef:
-        place, (content, shard, candidates, start) = cut
-        key = layout.orders(run, round, number + place, content[:KEY_DIGITS])
-        store.write_table(key, orders.slice(start, candidates))
-        return ShardRef(recipe_id, shard or content, key, candidates, reused=shard is not None)
 
+def _write(store: Store, orders: Iterable[tuple[ShardRef, pa.Table]]) -> list[ShardRef]:
+    """Write every shard's orders. The next are computed in the meantime, up to SLICE candidates ahead."""
+
+    def write(shard: ShardRef, table: pa.Table) -> None:
+        store.write(shard.orders, parquet_bytes(table))
+
+    shards: list[ShardRef] = []
+    waiting: deque[tuple[int, Future[None]]] = deque()  # candidates, and their writing
+    ahead = 0
     with ThreadPoolExecutor(THREADS) as threads:
-        return list(threads.map(write, enumerate(cuts.iter_rows())))
+        for shard, table in orders:
+            while waiting and ahead + shard.candidates > SLICE:
+                candidates, writing = waiting.popleft()
+                writing.result()
+                ahead -= candidates
+            waiting.append((shard.candidates, threads.submit(write, shard, table)))
+            ahead += shard.candidates
+            shards.append(shard)
+        for _, writing in waiting:
+            writing.result()
+    return shards

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.metadata import version
@@ -13,6 +13,7 @@ from typing import Any
 from tasks.engines import EngineError, Recipe, TokenLimit
 from tasks.engines.samplers import check_sampler
 from tasks.identity import digest, sha256_file_once
+from tasks.wordwise import Counter, wordwise
 
 TEXT_SUFFIXES = (".json", ".txt", ".model")
 DEFAULTS_FILE = "darkroom.json"  # beside model_index.json: {"steps": …, "guidance": …, "sampler": …}, any of them
@@ -256,7 +257,7 @@ def token_limits(model: str) -> list[TokenLimit]:
     return limits
 
 
-def _token_counter(folder: Path) -> Callable[[Sequence[str]], list[int]]:
+def _token_counter(folder: Path) -> Counter:
     if not (folder / "tokenizer.json").exists():
         return _slow_token_counter(folder)
     from tokenizers import Tokenizer
@@ -264,12 +265,18 @@ def _token_counter(folder: Path) -> Callable[[Sequence[str]], list[int]]:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return lambda prompts: [len(encoding) for encoding in tokenizer.encode_batch_fast(list(prompts))]
+    return wordwise(
+        tokenizer, lambda prompts: [len(encoding) for encoding in tokenizer.encode_batch_fast(list(prompts))]
+    )
 
 
-def _slow_token_counter(folder: Path) -> Callable[[Sequence[str]], list[int]]:
+def _slow_token_counter(folder: Path) -> Counter:
     """For older folders, which have their vocabulary in other files: transformers knows them all, but loads slowly."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return lambda prompts: [len(ids) for ids in tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]]
+
+    def count(prompts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]]
+
+    return wordwise(tokenizer.backend_tokenizer, count) if tokenizer.is_fast else count

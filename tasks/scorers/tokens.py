@@ -3,11 +3,11 @@
 import gzip
 import html
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-Counter = Callable[[Sequence[str]], list[int]]
+from tasks.wordwise import PLAIN, Counter, wordwise
 
 MERGES = 49152 - 256 - 2  # of the file's merges, those CLIP was trained with
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -29,7 +29,11 @@ def counter(folder: Path, cleaning: str) -> Counter:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return lambda texts: [len(found) for found in tokenizer.encode_batch([clean(text) for text in texts])]
+    return wordwise(
+        tokenizer,
+        lambda texts: [len(found) for found in tokenizer.encode_batch([clean(text) for text in texts])],
+        PLAIN,
+    )
 
 
 @lru_cache(maxsize=4)
@@ -55,7 +59,11 @@ def default_counter(merges: Path, cleaning: str) -> Counter:
     )
     tokenizer.add_special_tokens(["<start_of_text>", "<end_of_text>"])
     clean = _CLEANERS[cleaning]
-    return lambda texts: [len(found) + 2 for found in tokenizer.encode_batch([clean(text) for text in texts])]
+    return wordwise(
+        tokenizer,
+        lambda texts: [len(found) + 2 for found in tokenizer.encode_batch([clean(text) for text in texts])],
+        PLAIN,
+    )
 
 
 def _whitespace(text: str) -> str:

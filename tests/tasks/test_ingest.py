@@ -4,7 +4,9 @@ import datetime
 import importlib
 import json
 import pickle
+import re
 import tempfile
+import unicodedata
 import uuid
 from decimal import Decimal
 from pathlib import Path
@@ -21,6 +23,7 @@ from data.manifests.make_demo import DEMO, demo
 from tasks import tables
 from tasks.engines import TokenLimit
 from tasks.ingest import BadRows, ManifestError, content_digest, ingest
+from tasks.manifest_rules import tidy
 from tasks.references import ManifestRef
 from tasks.store import Store, layout
 
@@ -125,6 +128,16 @@ def test_prompts_that_only_look_different_are_one(tmp_path, store):
     ref = ingest(write(tmp_path / "m.parquet", {"prompt": same, "who": ["first", "second", "third"]}), store)
     assert (ref.prompts, ref.merged) == (1, 2)
     assert snapshot(store, ref).select("prompt", "row", "who").rows() == [("café au lait", 0, "first")]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.none() | st.text() | st.text(" ab\t\u00a0é\u0301e", max_size=6)))
+def test_only_untidy_texts_are_rewritten_and_all_of_them(texts):
+    def tidied(text: str) -> str:  # white space is what Unicode calls so: Python also takes U+001C to U+001F for it
+        return re.sub(r"((?![\x1c-\x1f])\s)+", " ", unicodedata.normalize("NFC", text)).strip(" ")
+
+    frame = pl.DataFrame({"text": pl.Series(texts, dtype=pl.String)})
+    assert frame.select(tidy(pl.col("text")))["text"].to_list() == [t if t is None else tidied(t) for t in texts]
 
 
 def test_another_negative_prompt_is_another_request(tmp_path, store):
