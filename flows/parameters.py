@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator
 
+from tasks.scorers.forms import Form
 from tasks.select import Policy
 
 
@@ -58,6 +59,11 @@ class Scoring(BaseModel, frozen=True):
 
     scorer: str = Field("data/models/tiny-clip-filter", description="OpenCLIP folder or hub name")
     batch_size: int = Field(64, ge=1, le=4096, description="images per call of the scorer (1–4096)")
+    form: Form = Field(
+        "cosine",
+        description="what images are compared by: the cosine, the cosine corrected for its prompt's bias, or contrastive, "
+        "against other prompts; the last two need `darkroom calibrate` first",
+    )
 
 
 __all__ = ["Generation", "Policy", "Sampler", "Scoring"]
