@@ -208,6 +208,30 @@ def verify(store: StoreOption = "out/store") -> None:
             raise typer.Exit(1)
 
 
+@app.command()
+def calibrate(
+    scorer: Annotated[str, typer.Option(help="OpenCLIP folder or hub name.")] = "data/models/tiny-clip-filter",
+    store: StoreOption = "out/store",
+    run: Annotated[str | None, typer.Option(help="Measure with the images of this run only.")] = None,
+    quantile: Annotated[float, typer.Option(help="Of the mismatched pairs: where the floor is.")] = 0.99,
+    bank: Annotated[int, typer.Option(help="Prompts that others are told apart from, at most.")] = 256,
+    images: Annotated[int, typer.Option(help="Images to measure with, at most; a seeded sample of more.")] = 2048,
+    synonym: Annotated[
+        float | None, typer.Option(help="Cosine from which on two prompts mean the same; measured if not given.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the sample and of the bank.")] = 0,
+) -> None:
+    """Measure once what a scorer's cosines mean, with images it has judged: floor, bias per prompt, distractors."""
+    with _errors():
+        from tasks.calibrate import Asked, calibrate
+        from tasks.scorers import open_scorer
+        from tasks.scorers.openclip import fingerprint
+        from tasks.store import Store
+
+        asked = Asked(quantile=quantile, bank=bank, images=images, synonym=synonym, seed=seed)
+        _print_calibration(calibrate(Store(store), fingerprint(scorer), lambda: open_scorer(scorer), run, asked))
+
+
 class _errors:
     """Errors that Darkroom names are told in one paragraph, without a traceback."""
 
@@ -321,6 +345,30 @@ def _print_summary(summary: dict[str, Any]) -> None:
     table.add_row("report", escape(summary["report"]))
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"\n[bold]Darkroom[/] run {summary['run']} in {summary['seconds']:.0f} s\n")
+    console.print(table)
+    console.print()
+
+
+def _print_calibration(measured: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 3))
+    table.add_column(style="dim")
+    table.add_row(
+        "floor", f"[bold]{measured.floor:.4f}[/]  the cosine that {measured.asked['quantile']:.1%} of pairs stay below"
+    )
+    table.add_row("", f"{measured.own_above_floor:.1%} of the images reach it with their own prompt")
+    table.add_row(
+        "pairs", f"{measured.pairs:,} mismatched, of {measured.images:,} images and {measured.prompts.height:,} prompts"
+    )
+    for quantile, cosine in measured.quantiles.items():
+        table.add_row(f"  {float(quantile):6.1%}", f"{cosine:7.4f}")
+    table.add_row("bias", f"± {measured.bias_spread:.4f} from prompt to prompt (standard deviation)")
+    table.add_row("bank", f"{measured.bank.height:,} distractors at logit scale {measured.logit_scale:.1f}")
+    table.add_row("synonyms", f"prompts with a cosine of {measured.synonym:.4f} or more")
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"\n[bold]Darkroom[/] calibration {measured.number} of scorer {measured.scorer}\n")
     console.print(table)
     console.print()
 

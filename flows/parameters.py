@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator
 
+from tasks.scorers.forms import Form
 from tasks.select import Policy
 from tasks.topup import Budget
 
@@ -67,6 +68,11 @@ class Scoring(BaseModel, frozen=True):
     )
     safety: str = Field(
         "", description="JSON file of concepts that must not be seen (tasks/gates/safety.py); empty: none"
+    )
+    form: Form = Field(
+        "cosine",
+        description="what images are compared by: the cosine, the cosine corrected for its prompt's bias, or contrastive, "
+        "against other prompts; the last two need `darkroom calibrate` first",
     )
 
 

@@ -196,6 +196,36 @@ SAFETY = Table(
     ),
 )
 
+CALIBRATION_PROMPTS = Table(
+    "calibration_prompts",
+    1,
+    _columns(
+        Column("prompt", pa.string(), "a text that images of the reference were made for"),
+        Column("images", pa.int32(), "images of the reference that were made for it"),
+        Column(
+            "bias", pa.float32(), "mean cosine of the text with the reference images that were made for other texts"
+        ),
+        Column("distractor", pa.bool_(), "whether it belongs to the bank of the contrastive form"),
+        Column("embedding", pa.list_(pa.float32()), "unit-norm embedding of the text"),
+        Column("image_mean", pa.list_(pa.float32()), "mean of the embeddings of its images"),
+    ),
+)
+
+FORMS = Table(
+    "forms",
+    1,
+    _columns(
+        Column("candidate_id", pa.string(), "the candidate"),
+        Column("corrected", pa.float32(), "cosine minus the prompt's bias; null: there is no image", True),
+        Column(
+            "contrastive",
+            pa.float32(),
+            "cosine minus the soft maximum of the image's cosines with the bank; null: there is no image",
+            True,
+        ),
+    ),
+)
+
 LEDGER = Table(
     "ledger",
     1,

@@ -82,7 +82,7 @@ class ConceptGate(BaseModel):
         import numpy as np
 
         directions = np.stack([_direction(scorer, concept.texts) for concept in self.concepts.values()])
-        harmless = (embeddings @ scorer.embed_texts(self.harmless).T).max(axis=1, keepdims=True)
+        harmless = (embeddings @ scorer.encode_texts(self.harmless).T).max(axis=1, keepdims=True)
         return (embeddings @ directions.T - harmless).astype(np.float32)
 
 
@@ -90,7 +90,7 @@ def _direction(scorer: Scorer, texts: Sequence[str]) -> "np.ndarray":
     """The unit vector [d] along the mean of the texts' unit vectors."""
     import numpy as np
 
-    mean = scorer.embed_texts(texts).mean(axis=0)
+    mean = scorer.encode_texts(texts).mean(axis=0)
     return mean / np.linalg.norm(mean)
 
 

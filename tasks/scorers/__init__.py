@@ -37,6 +37,7 @@ class Scorer(Protocol):
     facts: dict[str, Any]  # what the fingerprint covers, for `scorer.json` and the dataset card
     context_length: int  # tokens; a longer prompt is judged by its beginning
     batch_size: int  # images it judges at a time
+    logit_scale: float  # what it multiplies cosines by before a softmax over texts, as it was trained
 
     @property
     def known_answers(self) -> "np.ndarray":
@@ -45,8 +46,8 @@ class Scorer(Protocol):
     def score(self, pixels: "np.ndarray", prompts: Sequence[str]) -> Scores:
         """Judge images uint8 [n, height, width, 3] against their prompts, in batches, with each distinct text encoded once."""
 
-    def embed_texts(self, texts: Sequence[str]) -> "np.ndarray":
-        """Unit vectors float32 [n, d] of texts, in the space of the images' embeddings."""
+    def encode_texts(self, prompts: Sequence[str]) -> "np.ndarray":
+        """Unit-norm embeddings of the prompts, float32 [n, d], each distinct text encoded once."""
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
         """The tokens of each prompt, begin and end included, before truncation."""

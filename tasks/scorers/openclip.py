@@ -251,6 +251,7 @@ class OpenClipScorer:
         self.count_tokens = _counter(located)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._clip = _loaded(located, self._device)
+        self.logit_scale = float(self._clip.logit_scale.detach().exp().flatten()[0])
         self._tokenize = _tokenizer(located)
         self._prepare = Preprocessing(**self._clip.visual.preprocess_cfg)
         self._texts: OrderedDict[str, torch.Tensor] = OrderedDict()
@@ -272,11 +273,11 @@ class OpenClipScorer:
         return Scores(cosine.numpy(), images.numpy())
 
     @on_model_thread
-    def embed_texts(self, texts: Sequence[str]) -> "np.ndarray":
+    def encode_texts(self, prompts: Sequence[str]) -> "np.ndarray":
         import torch
 
         with torch.inference_mode():
-            return self._encode_texts(texts).numpy()
+            return self._encode_texts(prompts).numpy()
 
     def _encode_images(self, pixels: "np.ndarray") -> "torch.Tensor":
         """Unit vectors [n, d] of images uint8 [n, height, width, 3]."""

@@ -82,6 +82,11 @@ def scorer(fingerprint: str) -> str:
     return f"scores/scorer={fingerprint}/scorer.json"
 
 
+def scored(fingerprint: str) -> str:
+    """The folder of all scores of a scorer."""
+    return f"scores/scorer={fingerprint}"
+
+
 def scores(fingerprint: str, shard: str) -> str:
     return f"scores/scorer={fingerprint}/{shard}.parquet"
 
@@ -93,6 +98,26 @@ def safety_gate(gate: str) -> str:
 
 def safety(gate: str, shard: str) -> str:
     return f"safety/gate={gate}/{shard}.parquet"
+
+
+def calibrations(fingerprint: str) -> str:
+    """The folder of a scorer's calibrations."""
+    return f"calibrations/scorer={fingerprint}"
+
+
+def calibration(fingerprint: str, number: int) -> str:
+    """The commit of a scorer's n-th calibration: what was measured."""
+    return f"calibrations/scorer={fingerprint}/{number:06d}.json"
+
+
+def calibration_prompts(fingerprint: str, digest: str, content: str) -> str:
+    """The prompts it was measured with. `content`: their own digest, so that two who measure never overwrite each other's."""
+    return f"calibrations/scorer={fingerprint}/{digest}/prompts-{content}.parquet"
+
+
+def forms(fingerprint: str, digest: str, shard: str) -> str:
+    """The forms of a shard's scores that follow from a calibration."""
+    return f"calibrations/scorer={fingerprint}/{digest}/forms/{shard}.parquet"
 
 
 def dataset(name: str) -> str:

@@ -74,13 +74,13 @@ def test_it_finds_the_red_circles_by_the_ground_truth(scorer: OpenClipScorer) ->
 
 def test_margins_are_the_formula(scorer: OpenClipScorer) -> None:
     rng = np.random.default_rng(0)
-    embeddings = rng.normal(size=(5, scorer.embed_texts(["a"]).shape[1])).astype(np.float32)
+    embeddings = rng.normal(size=(5, scorer.encode_texts(["a"]).shape[1])).astype(np.float32)
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
     found = ConceptGate.of(TWO).margins(embeddings, scorer)
     for image, row in zip(embeddings, found, strict=True):
-        harmless = max(float(image @ text) for text in scorer.embed_texts(TWO["harmless"]))
+        harmless = max(float(image @ text) for text in scorer.encode_texts(TWO["harmless"]))
         for concept, margin in zip(TWO["concepts"].values(), row, strict=True):
-            mean = scorer.embed_texts(concept["texts"]).mean(axis=0)
+            mean = scorer.encode_texts(concept["texts"]).mean(axis=0)
             assert margin == pytest.approx(float(image @ mean) / np.linalg.norm(mean) - harmless, abs=1e-5)
 
 

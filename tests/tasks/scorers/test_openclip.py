@@ -232,7 +232,7 @@ def test_scores_are_raw_cosines_in_float32(scorer: OpenClipScorer) -> None:
 def test_texts_and_images_are_embedded_in_one_space(scorer: OpenClipScorer) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
     texts = ["a red circle", "a blue star"]
-    scores, embedded = scorer.score(pixels, texts), scorer.embed_texts(texts)
+    scores, embedded = scorer.score(pixels, texts), scorer.encode_texts(texts)
     assert embedded.dtype == np.float32
     assert np.linalg.norm(embedded, axis=1) == pytest.approx(1, abs=1e-5)
     assert (embedded * scores.embedding).sum(axis=1) == pytest.approx(scores.cosine, abs=1e-6)
