@@ -80,7 +80,7 @@ def score(store: str, shard: ShardRef, scorer: str, fingerprint: str, batch_size
 def select(store: str, plan: PlanRef, manifest: ManifestRef, fingerprint: str, policy: Policy) -> Selection:
     from tasks.select import judge_run
 
-    return judge_run(Store(store), plan, manifest, fingerprint, policy, plan.run)
+    return judge_run(Store(store), plan, manifest, fingerprint, policy)
 
 
 @step(name="release")

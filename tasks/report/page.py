@@ -66,7 +66,6 @@ def write_report(
         started=datetime.fromisoformat(run["started"]),
         facts=facts or {},
         total=ledger.height,
-        asked=float(policy.rate),
         verdicts=VERDICTS,
         histogram=figures.histogram(ledger, (policy.floor,) if policy.floor > -1 else ()),
         strata=figures.strata(ledger),
