@@ -111,7 +111,7 @@ def top_up(
 def select(store: str, plan: PlanRef, manifest: ManifestRef, fingerprint: str, policy: Policy) -> Selection:
     from tasks.select import judge_run
 
-    return judge_run(Store(store), plan, manifest, fingerprint, policy, plan.run)
+    return judge_run(Store(store), plan, manifest, fingerprint, policy)
 
 
 @step(name="lift")

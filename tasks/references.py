@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+STARVED = 100  # ids of starved prompts that a Selection names
+
 
 @dataclass(frozen=True)
 class ManifestRef:
@@ -77,7 +79,11 @@ class Selection:
     reasons: dict[str, int]  # "verdict: reason" → candidates
     rejection_rate: float | None  # rejected / (accepted + rejected); None where there is neither
     threshold: float | None  # lowest accepted score; None where nothing is accepted
-    starved: tuple[str, ...] = field(default=())  # prompt ids that got fewer than k_min images
+    starved: tuple[str, ...] = field(
+        default=()
+    )  # prompt ids that got fewer than k_min images, the first STARVED of them
+    n_starved: int = 0  # how many there are
+    starved_by_global_cut: int = 0  # prompts that one cut over all scores, for as many images, would leave without any
 
 
 @dataclass(frozen=True)

@@ -1,313 +1,197 @@
-"""Which candidates become the dataset: exact, whatever the order, the sharding or the number of threads (DESIGN §6).
+"""The selection of a run, from the store into the store: every candidate gets its verdict, in the run's ledger.
 
-    K = N − ceil(ρ·N)                                   N = accepted + rejected, ρ an exact fraction
-    u = round((λ·z + (1−λ)·z_global)·10⁴)               z = (s − m_p)/√v_p,  z_global = (s − m)/√v
-    eligible = s ≥ floor                                per prompt: the best k_min must, at most k_max may
-    accept = must ∪ the first K − |must| of the pool    by u, ties by blake3(run ‖ candidate_id), lowest first
-
-m and v are the mean and the variance of all N scores. m_p and v_p are those of the prompt's own n_p scores topped up with κ
-further ones that are spread as its stratum's are, so a prompt with few images is judged mostly by its stratum:
-
-    m_p = (Σ s + κ·m_g)/(n_p + κ)        q_p = (Σ s² + κ·q_g)/(n_p + κ)        v_p = q_p − m_p²
-
-with m_g and q_g the means of s and s² over the stratum. Sums run over whole millionths of a cosine in integers, which add
-up to the same whatever their order; all that follows is one row's own arithmetic.
+The candidates are read twice, some shards at a time. First what decides, into compact columns (tasks/selection), a few
+dozen bytes each. Then, with all verdicts known, what the ledger says of them, in manifest order: a shard is read when the
+turn of its first prompt comes, and the ledger grows by a row group at a time. So memory holds the columns, the shards in
+turn and the compressed ledger, however many candidates there are.
 """
 
-import math
-from fractions import Fraction
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
+import numpy as np
 import polars as pl
-from pydantic import BaseModel, Field, field_validator, model_validator
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tasks import tables
-from tasks.errors import DarkroomError
-from tasks.identity import blake3, digest
-from tasks.references import ManifestRef, PlanRef, Selection
+from tasks.references import STARVED, ManifestRef, PlanRef, Selection, ShardRef
+from tasks.selection import Policy, SelectionError, check_quotas, judged, select
+from tasks.selection.columns import Columns, PackedIds
+from tasks.selection.ranking import RANK_UNIT
+from tasks.selection.verdicts import Decision, decide
 from tasks.store import Store, layout
-from tasks.store.objects import parquet_bytes
-from tasks.store.shards import read_index
 
-SHRINKAGE = 8  # κ: how many images of its own a prompt needs to count as much as its stratum
-MICRO = 1_000_000  # scores are summed in whole millionths, far below the noise of any scorer
-RANK_UNIT = 10_000  # rank scores per standard deviation
-NO_LIMIT = 2**31 - 1
+__all__ = ["RANK_UNIT", "Policy", "SelectionError", "check_quotas", "judge_run", "select"]
 
+SLICE = 250_000  # candidates read or written at once
+THREADS = 16  # objects read at once: a remote store takes tens of milliseconds for each
+DECISIVE = (["candidate_id", "prompt_id"], ["candidate_id", "degenerate", "error"])  # of a shard's orders and its index
+ALL = (
+    ["candidate_id", "prompt_id", "recipe_id", "index", "seed"],
+    ["candidate_id", "degenerate", "error", "pixel_hash", "part"],
+)
 
-class SelectionError(DarkroomError):
-    """The policy cannot be kept with these candidates, or the candidates are not all there."""
-
-
-class Policy(BaseModel, frozen=True):
-    """What the selection promises."""
-
-    reject: str = Field("0.6", description="rejection rate ρ as a decimal number or a fraction, e.g. 0.6 or 3/5; exact")
-    floor: float = Field(-1.0, ge=-1, le=1, description="no image with a raw cosine below this is accepted")
-    k_min: int = Field(0, ge=0, description="images to accept per prompt at least, where enough reach the floor")
-    k_max: int = Field(0, ge=0, description="images to accept per prompt at most; 0: no limit")
-    blend: float = Field(0.5, ge=0, le=1, description="λ: 1 compares images within their prompt, 0 across all prompts")
-    band_low: float = Field(0.0, ge=0, le=1, description="fail where the rejection rate comes out below this")
-    band_high: float = Field(1.0, ge=0, le=1, description="fail where the rejection rate comes out above this")
-
-    @field_validator("reject", mode="before")
-    @classmethod
-    def _is_a_rate(cls, value: object) -> str:
-        text = str(value).strip()
-        try:
-            rate = Fraction(text)
-        except (ValueError, ZeroDivisionError):
-            raise ValueError(
-                f"'{text}' is no rejection rate: write a decimal number or a fraction, such as 0.6 or 3/5"
-            ) from None
-        if not 0 <= rate <= 1:
-            raise ValueError(f"rejection rate {text} does not lie between 0 and 1; for 60 percent write 0.6")
-        return text
-
-    @model_validator(mode="after")
-    def _agrees_with_itself(self) -> "Policy":
-        if self.k_max and self.k_min > self.k_max:
-            raise ValueError(f"k_min {self.k_min} is above k_max {self.k_max}: lower one or raise the other")
-        if self.band_low > self.band_high:
-            raise ValueError(f"band_low {self.band_low} is above band_high {self.band_high}: swap them")
-        return self
-
-    @property
-    def rate(self) -> Fraction:
-        """ρ, exact."""
-        return Fraction(self.reject)
-
-    @property
-    def digest(self) -> str:
-        return digest(self.model_dump(mode="json"))
-
-
-# --- the selection, a pure function -----------------------------------------------------------------------------------
-
-
-def select(candidates: pl.DataFrame, policy: Policy, salt: str) -> pl.DataFrame:
-    """Give every candidate its verdict.
-
-    `candidates`: candidate_id, prompt_id, stratum (text), cosine (raw; null: no image), degenerate and error (why; null:
-    it is not), optionally unsafe (why; null: it is not), k_min and k_max (the prompt's own; null: the policy's). `salt`, the
-    id of the run, decides ties, so that no image is lucky in every run.
-
-    Returns the same rows in the same order with z (Float64, standard deviations), rank_score (u, Int64), verdict, reason;
-    z and rank_score are null where the image was not compared. k_min and k_max are filled in.
-
-    Raises SelectionError: nothing to select from, quotas and rejection rate contradict each other, the rate leaves the
-    policy's band, a candidate stands there twice or has neither a score nor a reason why not.
-    """
-    rows = _gated(_filled(candidates, policy)).with_row_index("row")
-    compared = rows.filter(pl.col("verdict").is_null())
-    if compared.is_empty():
-        found = ", ".join(f"{count} {verdict}" for verdict, count in sorted(rows["verdict"].value_counts().iter_rows()))
-        raise SelectionError(
-            f"nothing to select from: none of {rows.height} candidates has a usable image ({found or 'there are none'}); "
-            "read their reasons, mend what made them so, and start the run again"
-        )
-    decided = _decided(_ranked(compared.drop("verdict", "reason"), policy.blend), policy, salt)
-    gated = rows.filter(pl.col("verdict").is_not_null())
-    result = pl.concat([decided, gated], how="diagonal").sort("row").drop("row")
-    _check_band(result["verdict"], policy)
-    return result
-
-
-def _filled(candidates: pl.DataFrame, policy: Policy) -> pl.DataFrame:
-    """The rows with each prompt's own quotas, or else the policy's. Raises SelectionError."""
-    rows = candidates.with_columns(
-        pl.col("k_min").cast(pl.Int64).fill_null(policy.k_min),
-        pl.col("k_max").cast(pl.Int64).fill_null(policy.k_max or NO_LIMIT),
-    )
-    if repeated := rows.height - rows["candidate_id"].n_unique():
-        raise SelectionError(f"{repeated} of {rows.height} candidates stand there twice: plan the run again")
-    if (torn := rows.filter(pl.col("k_min") > pl.col("k_max"))).height:
-        prompt, k_min, k_max = torn.select("prompt_id", "k_min", "k_max").row(0)
-        raise SelectionError(
-            f"{torn['prompt_id'].n_unique()} prompts must get more images than they may, first {prompt}: k_min {k_min}, "
-            f"k_max {k_max}; the manifest's column and the policy contradict each other, change one of them"
-        )
-    return rows
-
-
-def _gated(rows: pl.DataFrame) -> pl.DataFrame:
-    """The rows with verdict and reason of those that are out before any comparison; null for the others."""
-    if "unsafe" not in rows.columns:
-        rows = rows.with_columns(unsafe=pl.lit(None, pl.String))
-    gates = ("error", "degenerate", "unsafe")
-    unscored = rows.filter(
-        pl.all_horizontal(pl.col(gates).is_null()), pl.col("cosine").is_finite().not_() | pl.col("cosine").is_null()
-    )
-    if unscored.height:
-        raise SelectionError(
-            f"{unscored.height} of {rows.height} candidates have an image and no finite score, first "
-            f"{unscored['candidate_id'][0]}: score their shards again"
-        )
-    verdict = pl.coalesce(pl.when(pl.col(gate).is_not_null()).then(pl.lit(gate)) for gate in gates)
-    return rows.with_columns(verdict=verdict, reason=pl.coalesce(gates))
-
-
-def _ranked(rows: pl.DataFrame, blend: float) -> pl.DataFrame:
-    """The rows with z and rank_score, by the formulas at the top of this file."""
-    micro = (pl.col("cosine").cast(pl.Float64) * MICRO).round().cast(pl.Int64)
-    rows = rows.with_columns(micro=micro)
-    square = (pl.col("micro") * pl.col("micro")).cast(pl.Int128)
-    prompts = rows.group_by("prompt_id", "stratum").agg(n=pl.len().cast(pl.Int64), s=pl.sum("micro"), q=square.sum())
-    strata = prompts.group_by("stratum").agg(n_g=pl.sum("n"), s_g=pl.sum("s"), q_g=pl.sum("q"))
-    n, s, q = (float(strata[name].sum()) for name in ("n_g", "s_g", "q_g"))
-    prompts = prompts.join(strata, on="stratum").select(
-        "prompt_id",
-        "stratum",
-        m_p=(_real("s") + SHRINKAGE * (_real("s_g") / _real("n_g"))) / (_real("n") + SHRINKAGE),
-        q_p=(_real("q") + SHRINKAGE * (_real("q_g") / _real("n_g"))) / (_real("n") + SHRINKAGE),
-    )
-    z_global = _standardised(pl.lit(s / n), pl.lit(q / n))
-    return (
-        rows.join(prompts, on=["prompt_id", "stratum"])
-        .with_columns(z=_standardised(pl.col("m_p"), pl.col("q_p")))
-        .with_columns(
-            rank_score=((blend * pl.col("z") + (1 - blend) * z_global) * RANK_UNIT).round().cast(pl.Int64),
-        )
-        .drop("micro", "m_p", "q_p")
-    )
-
-
-def _real(column: str) -> pl.Expr:
-    return pl.col(column).cast(pl.Float64)
-
-
-def _standardised(mean: pl.Expr, mean_square: pl.Expr) -> pl.Expr:
-    """Standard deviations above the mean; 0 where the scores differ by less than a millionth."""
-    variance = mean_square - mean * mean
-    return pl.when(variance >= 1).then((pl.col("micro") - mean) / variance.sqrt()).otherwise(0.0)
-
-
-def _decided(rows: pl.DataFrame, policy: Policy, salt: str) -> pl.DataFrame:
-    """The rows with verdict and reason. Sorted by (u descending, tie), the first K − |must| of the pool are those above the
-    threshold u* and the lowest ties at it."""
-    n = rows.height
-    k = n - math.ceil(policy.rate * n)
-    eligible = pl.col("cosine").cast(pl.Float64) >= policy.floor
-    tie = blake3(pl.concat_str(pl.lit(salt), "candidate_id")).str.slice(0, 16).str.to_integer(base=16, dtype=pl.UInt64)
-    ranked = (
-        rows.filter(eligible)
-        .with_columns(tie=tie)
-        .sort("rank_score", "tie", descending=[True, False])
-        .with_columns(place=pl.int_range(pl.len()).over("prompt_id"))
-    )
-    must = pl.col("place") < pl.col("k_min")
-    capped = pl.col("place") >= pl.col("k_max")
-    reserved = ranked.select(must.sum()).item()
-    if reserved > k:
-        raise SelectionError(_too_many_reserved(reserved, k, n, ranked.filter(must)["prompt_id"].n_unique(), policy))
-    drawn = (~must & ~capped).cum_sum() <= k - reserved
-    reason = (
-        pl.when(must)
-        .then(pl.lit("must"))
-        .when(capped)
-        .then(pl.lit("prompt_cap"))
-        .when(drawn)
-        .then(pl.lit("pool"))
-        .otherwise(pl.lit("budget"))
-    )
-    ranked = ranked.with_columns(reason=reason).drop("tie", "place")
-    below = rows.filter(~eligible).with_columns(reason=pl.lit("floor"))
-    accepted = pl.col("reason").is_in(["must", "pool"])
-    return pl.concat([ranked, below]).with_columns(
-        verdict=pl.when(accepted).then(pl.lit("accepted")).otherwise(pl.lit("rejected"))
-    )
-
-
-def _too_many_reserved(reserved: int, k: int, n: int, prompts: int, policy: Policy) -> str:
-    highest = math.floor(Fraction(n - reserved, n) * 10_000) / 10_000
-    way_out = f"lower reject to {highest} or less, or lower k_min"
-    if policy.rate < 1:
-        way_out += f", or make at least {math.ceil(reserved / (1 - policy.rate))} candidates"
-    return (
-        f"k_min reserves {reserved} images for {prompts} prompts, but rejecting {policy.reject} of {n} candidates leaves "
-        f"{k}: {way_out}"
-    )
-
-
-def _check_band(verdicts: pl.Series, policy: Policy) -> None:
-    """Raise SelectionError where the rejection rate that came out lies outside the policy's band."""
-    accepted, rejected = (int((verdicts == verdict).sum()) for verdict in ("accepted", "rejected"))
-    rate = Fraction(rejected, accepted + rejected)
-    if not Fraction(str(policy.band_low)) <= rate <= Fraction(str(policy.band_high)):
-        raise SelectionError(
-            f"{rejected} of {accepted + rejected} candidates are rejected, a rate of {float(rate):.4f}, outside the band "
-            f"{policy.band_low} … {policy.band_high} (asked for: {policy.reject}, floor {policy.floor}, k_max "
-            f"{policy.k_max}); make more or better candidates, lower the floor, raise k_max, or widen the band"
-        )
-
-
-# --- the selection of a run, from the store into the store ------------------------------------------------------------
+More = Callable[[ShardRef, pl.DataFrame], pl.DataFrame]
 
 
 def judge_run(
-    store: Store, plan: PlanRef, manifest: ManifestRef, fingerprint: str, policy: Policy, run: str
+    store: Store,
+    plan: PlanRef,
+    manifest: ManifestRef,
+    fingerprint: str,
+    policy: Policy,
+    more: More = lambda shard, rows: rows,
 ) -> Selection:
     """Select among a plan's candidates and write the run's ledger, in manifest order; again the same, if it is there.
 
+    `more` may add `score`, `unsafe` and `duplicate` (see `select`) to a shard's candidates, which it gets with their
+    candidate_id, prompt_id, cosine, degenerate and error; it is called twice for each shard, and keeps rows and order.
+
     Raises SelectionError (see `select`; or the run has a ledger that differs), Missing and CorruptObject.
     """
-    candidates = _candidates(store, plan, manifest, fingerprint)
-    judged = select(candidates, policy, salt=run)
-    ledger = judged.with_columns(policy=pl.lit(policy.digest), scorer=pl.lit(fingerprint), score=pl.col("cosine"))
-    table = tables.LEDGER.conform(ledger.select(tables.LEDGER.names))
-    key = layout.ledger(run)
-    if not store.create(key, parquet_bytes(table)) and not (there := store.read_table(key)).equals(table):
-        raise SelectionError(
-            f"{store.uri(key)} holds other verdicts (policy {there['policy'][0]}, scorer {there['scorer'][0]}) than policy "
-            f"{policy.digest} and scorer {fingerprint} come to now; a ledger never changes: select under another run id"
-        )
-    return _summary(judged, policy, run)
-
-
-def _candidates(store: Store, plan: PlanRef, manifest: ManifestRef, fingerprint: str) -> pl.DataFrame:
-    """What `select` and the ledger need of each candidate that the plan orders, in (manifest, index) order."""
-    prompts = store.read_frame(layout.manifest(manifest.sha256), ["prompt_id", "stratum", "k_min", "k_max"])
-    shards = []
-    for shard in plan.shards:
-        # a shard another plan made may hold more than this run ordered
-        orders = store.read_frame(shard.orders, ["candidate_id", "prompt_id", "recipe_id", "index", "seed"])
-        facts = read_index(store, shard.recipe_id, shard.shard)
-        scores = store.read_frame(layout.scores(fingerprint, shard.shard), ["candidate_id", "cosine"])
-        shards.append(
-            orders.join(
-                facts.select("candidate_id", "degenerate", "error", "pixel_hash", "part"),
-                on="candidate_id",
-                maintain_order="left",
-            ).join(scores, on="candidate_id", maintain_order="left")
-        )
-    if not shards:
+    if not plan.shards:
         raise SelectionError(f"nothing to select from: the plan of run {plan.run} has no shards; check the manifest")
-    rows = pl.concat(shards).join(prompts.with_row_index("order"), on="prompt_id")
-    if rows.height != plan.candidates or rows["candidate_id"].n_unique() != plan.candidates:
+    shards = _Shards(store, plan.shards, fingerprint, more)
+    prompts = store.read_frame(layout.manifest(manifest.sha256), ["prompt_id", "stratum", "k_min", "k_max"])
+    columns, ids = Columns(policy), PackedIds()
+    columns.register(prompts)  # first, so that they are numbered as they stand in the manifest
+    rows_of = np.zeros(len(plan.shards), np.int64)
+    for numbers in _blocks(plan.shards):
+        frames = shards.read(numbers, DECISIVE)
+        rows_of[numbers] = [frame.height for frame in frames]
+        for frame in _joined(frames):
+            columns.add(frame)
+            ids.add(frame["candidate_id"])
+    if len(columns.code) != plan.candidates or ids.distinct() != plan.candidates:
         raise SelectionError(
-            f"the plan of run {plan.run} orders {plan.candidates} candidates, but {rows['candidate_id'].n_unique()} distinct "
-            f"ones ({rows.height} rows) are in the shards' indexes, scores and manifest {manifest.sha256[:12]} alike: run "
+            f"the plan of run {plan.run} orders {plan.candidates} candidates, but {ids.distinct()} distinct ones "
+            f"({len(columns.code)} rows) are in the shards' indexes, scores and manifest {manifest.sha256[:12]} alike: run "
             "`darkroom verify`, then start the run again"
         )
-    return rows.sort("order", "recipe_id", "index")
-
-
-def _summary(judged: pl.DataFrame, policy: Policy, run: str) -> Selection:
-    """What the verdicts come to."""
-    counts = {verdict: int((judged["verdict"] == verdict).sum()) for verdict in tables.VERDICTS}
-    reasons = judged.group_by("verdict", "reason").len().sort("verdict", "reason")
-    got = (
-        judged.group_by("prompt_id", "k_min", maintain_order=True)
-        .agg(accepted=(pl.col("verdict") == "accepted").sum())
-        .filter(pl.col("accepted") < pl.col("k_min"))
-    )
-    lowest = judged.filter(pl.col("verdict") == "accepted")["cosine"].min()
+    decision = decide(columns, policy, plan.run, ids)
+    counted = _Counted()
+    ledger = pa.BufferOutputStream()
+    with pq.ParquetWriter(ledger, tables.LEDGER.schema, compression="zstd") as writer:
+        for rows in _in_manifest_order(shards, rows_of, columns.prompt, decision):
+            rows = rows.with_columns(stratum=prompts["stratum"][rows["prompt"]])
+            rows = rows.with_columns(policy=pl.lit(policy.digest), scorer=pl.lit(fingerprint), score=pl.col("cosine"))
+            writer.write_table(tables.LEDGER.conform(rows.select(tables.LEDGER.names)))
+            counted.add(rows)
+    key = layout.ledger(plan.run)
+    _write_once(store, key, ledger.getvalue().to_pybytes(), f"policy {policy.digest} and scorer {fingerprint}")
+    verdicts = {verdict: counted.verdicts[verdict] for verdict in tables.VERDICTS}
     return Selection(
-        run=run,
-        ledger=layout.ledger(run),
+        run=plan.run,
+        ledger=key,
         policy=policy.digest,
-        counts=counts,
-        reasons={f"{verdict}: {reason}": count for verdict, reason, count in reasons.iter_rows()},
-        rejection_rate=counts["rejected"] / (counts["accepted"] + counts["rejected"]),
-        threshold=lowest if isinstance(lowest, float) else None,
-        starved=tuple(got["prompt_id"]),
+        counts=verdicts,
+        reasons={f"{verdict}: {reason}": count for (verdict, reason), count in sorted(counted.reasons.items())},
+        rejection_rate=verdicts["rejected"] / (verdicts["accepted"] + verdicts["rejected"]),
+        threshold=counted.lowest,
+        starved=tuple(prompts["prompt_id"][decision.starved[:STARVED]]),
+        n_starved=len(decision.starved),
+        starved_by_global_cut=decision.starved_by_global_cut,
     )
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """The shards of a plan, by number."""
+
+    store: Store
+    shards: Sequence[ShardRef]
+    fingerprint: str
+    more: More
+
+    def read(self, numbers: Sequence[int], columns: tuple[list[str], list[str]]) -> list[pl.DataFrame]:
+        """Their candidates, those of the plan only: `columns` of their orders and indexes, cosine, and what `more` adds."""
+        with ThreadPoolExecutor(THREADS) as threads:
+            return list(threads.map(lambda number: self._read(self.shards[number], *columns), numbers))
+
+    def _read(self, shard: ShardRef, ordered: list[str], made: list[str]) -> pl.DataFrame:
+        # a shard another plan made may hold more than this run ordered
+        orders = self.store.read_frame(shard.orders, ordered)
+        facts = self.store.read_frame(layout.shard_index(shard.recipe_id, shard.shard), made)
+        scores = self.store.read_frame(layout.scores(self.fingerprint, shard.shard), ["candidate_id", "cosine"])
+        for table in (facts, scores):
+            orders = orders.join(table, on="candidate_id", maintain_order="left")
+        return self.more(shard, orders)
+
+
+def _blocks(shards: Sequence[ShardRef]) -> Iterator[range]:
+    """The numbers of shards that are read at once: as few as make SLICE candidates."""
+    start = candidates = 0
+    for number, shard in enumerate(shards):
+        candidates += shard.candidates
+        if candidates >= SLICE or number + 1 == len(shards):
+            yield range(start, number + 1)
+            start, candidates = number + 1, 0
+
+
+def _joined(frames: list[pl.DataFrame]) -> list[pl.DataFrame]:
+    """As one frame, as far as there are rows."""
+    filled = [frame for frame in frames if frame.height]
+    return [pl.concat(filled, how="diagonal_relaxed")] if filled else []
+
+
+def _in_manifest_order(
+    shards: _Shards, rows_of: np.ndarray, prompt: np.ndarray, decision: Decision
+) -> Iterator[pl.DataFrame]:
+    """All candidates with their verdicts by (prompt, recipe, index), in slices of whole prompts.
+
+    Each recipe's shards are mostly in manifest order themselves, so few are held that wait for a later prompt's turn.
+    """
+    ends = np.cumsum(rows_of)
+    starts = ends - rows_of
+    first = [int(prompt[start:end].min(initial=2**32 - 1)) for start, end in zip(starts, ends, strict=True)]
+    waiting = sorted(range(len(first)), key=first.__getitem__, reverse=True)
+    up_to = np.bincount(prompt).cumsum()
+    held: list[pl.DataFrame] = []
+    for turn in np.unique(np.searchsorted(up_to, np.arange(SLICE, len(prompt) + SLICE, SLICE))):
+        due = []
+        while waiting and first[waiting[-1]] <= turn:
+            due.append(waiting.pop())
+        for number, frame in zip(due, shards.read(due, ALL), strict=True):
+            part = slice(starts[number], ends[number])
+            held.append(judged(frame, decision, part).with_columns(prompt=pl.Series(prompt[part])))
+        rows = pl.concat(held, how="diagonal_relaxed")
+        yield rows.filter(pl.col("prompt") <= turn).sort("prompt", "recipe_id", "index")
+        held = [rows.filter(pl.col("prompt") > turn)]
+
+
+# --- writing -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Counted:
+    """What the verdicts come to."""
+
+    verdicts: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[tuple[str, str]] = field(default_factory=Counter)
+    lowest: float | None = None  # accepted cosine
+
+    def add(self, rows: pl.DataFrame) -> None:
+        for verdict, reason, count in rows.group_by("verdict", "reason").len().iter_rows():
+            self.verdicts[verdict] += count
+            self.reasons[verdict, reason] += count
+        lowest = rows.filter(pl.col("verdict") == "accepted")["cosine"].min()
+        if isinstance(lowest, float):
+            self.lowest = min(lowest, lowest if self.lowest is None else self.lowest)
+
+
+def _write_once(store: Store, key: str, data: bytes, by: str) -> None:
+    """Put a ledger; where one is already, it must be the same. Raises SelectionError."""
+    if store.create(key, data) or store.read(key) == data:
+        return
+    there = store.read_table(key)  # other versions of the libraries write other bytes
+    if not there.equals(pq.ParquetFile(pa.BufferReader(data)).read()):
+        raise SelectionError(
+            f"{store.uri(key)} holds other verdicts (policy {there['policy'][0]}, scorer {there['scorer'][0]}) than {by} "
+            "come to now; a ledger never changes: select under another run id"
+        )

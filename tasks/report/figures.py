@@ -43,15 +43,30 @@ def headline(selection: Selection) -> str:
     return f"{number} of {candidates} accepted ({percent(selection.rejection_rate)} rejected)"
 
 
+def asked(policy: Policy) -> str:
+    """What decides how many are accepted, in few words."""
+    if policy.mode == "count":
+        return f"{policy.count:,} images"
+    return percent(float(policy.rate)) if policy.mode == "rate" else "all above the floor"
+
+
 def promises(policy: Policy) -> list[str]:
     """The policy in words, a sentence each."""
-    sentences = [f"Reject {percent(float(policy.rate))} of the images that can be judged, exactly."]
+    sentences = {
+        "rate": [f"Reject {percent(float(policy.rate))} of the images that can be judged, exactly."],
+        "count": [f"Accept {policy.count:,} images, exactly."],
+        "threshold": ["Accept all that the other rules allow."],
+    }[policy.mode]
     if policy.floor > -1:
         sentences.append(f"Accept nothing that scores below {cosine(policy.floor)}, whatever the rate.")
     if policy.k_min:
         sentences.append(f"Accept at least {policy.k_min} per prompt, where enough reach the floor.")
     if policy.k_max:
         sentences.append(f"Accept at most {policy.k_max} per prompt.")
+    for stratum, share in policy.shares.items():
+        sentences.append(f"Fill {percent(float(share))} of the dataset from stratum {stratum}, exactly.")
+    for stratum, number in policy.numbers.items():
+        sentences.append(f"Accept {number:,} from stratum {stratum}, exactly.")
     if policy.blend == 1:
         sentences.append("Compare images within their own prompt only.")
     elif policy.blend == 0:

@@ -70,7 +70,6 @@ def write_report(
         lift=lift,
         interval=figures.interval(lift),
         total=ledger.height,
-        asked=float(policy.rate),
         verdicts=VERDICTS,
         histogram=figures.histogram(ledger, (policy.floor,) if policy.floor > -1 else ()),
         strata=figures.strata(ledger),

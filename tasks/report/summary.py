@@ -67,11 +67,10 @@ def summary_markdown(
 ) -> str:
     """Counts by verdict, rejection rate, release and both contact sheets with their prompts and scores."""
     total = sum(selection.counts.values())
-    asked = figures.percent(float(policy.rate))
     released = f"version {release.version}, {release.rows:,} rows" if release else "not released"
     parts = [
         f"# {_plain(name)}\n\n**{figures.headline(selection)}.** Rejection rate "
-        f"{figures.percent(selection.rejection_rate)}, asked for {asked}. Dataset: {released}. Run `{selection.run}`.",
+        f"{figures.percent(selection.rejection_rate)}, asked for {figures.asked(policy)}. Dataset: {released}. Run `{selection.run}`.",
         f"Report: `{report}`" if report else "",
         "| verdict | candidates | share | reasons |\n|---|---:|---:|---|\n"
         + "\n".join(_verdict(verdict, selection, total) for verdict in VERDICTS),
@@ -79,8 +78,8 @@ def summary_markdown(
         _section("Accepted", accepted, selection.counts.get("accepted", 0)),
         _section("Rejected", rejected, selection.counts.get("rejected", 0)),
     ]
-    if selection.starved:
-        parts.insert(3, f"{len(selection.starved):,} prompts got fewer images than asked for; the report lists them.")
+    if selection.n_starved:
+        parts.insert(3, f"{selection.n_starved:,} prompts got fewer images than asked for; the report lists them.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

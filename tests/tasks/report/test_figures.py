@@ -84,6 +84,14 @@ def test_reasons_come_in_words_the_most_frequent_first():
     assert figures.reasons(selection(), "rejected") == [("below the floor", 1)]
 
 
+def test_the_modes_and_quotas_in_words():
+    policy = Policy(mode="count", count=1500, quotas={"night": "2/5", "day": "200"})
+    words = " ".join(figures.promises(policy))
+    assert "1,500 images, exactly" in words and "40\u202f% of the dataset from stratum night" in words
+    assert "200 from stratum day" in words and figures.asked(policy) == "1,500 images"
+    assert "all that the other rules allow" in figures.promises(Policy(mode="threshold"))[0]
+
+
 def test_the_policy_in_words():
     words = " ".join(figures.promises(Policy(reject="2/3", floor=0.2, k_min=1, k_max=4, blend=0.25, band_low=0.5)))
     for fact in (

@@ -214,7 +214,7 @@ def test_starved_prompts_are_listed_up_to_a_limit(finished, monkeypatch):
     monkeypatch.setattr(page, "MAX_ROWS", 2)
     prompts = finished.store.read_table(layout.manifest(finished.manifest.sha256)).to_pylist()
     ids = tuple(row["prompt_id"] for row in prompts[:3])
-    html = report(replace(finished, selection=replace(finished.selection, starved=ids)))
+    html = report(replace(finished, selection=replace(finished.selection, starved=ids, n_starved=3)))
     starved = html.split('class="starved"')[1].split("</ul>")[0]
     assert prompts[0]["prompt"] in starved and prompts[1]["prompt"] in starved and prompts[2]["prompt"] not in starved
     assert "and 1 more" in starved
