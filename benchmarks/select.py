@@ -24,6 +24,7 @@ import resource
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,17 +91,23 @@ def ours(path: Path) -> pl.DataFrame:
     columns, ids = Columns(POLICY), PackedIds()
     file = pl.scan_parquet(path)
     rows = file.select(pl.len()).collect().item()
-    for start in range(0, rows, ROW_GROUP):
-        shard = file.slice(start, ROW_GROUP).collect()
-        columns.add(shard)
-        ids.add(shard["candidate_id"])
-    assert ids.distinct() == rows
-    decision = decide(columns, POLICY, SALT, ids)
-    verdicts = []
-    for start in range(0, rows, ROW_GROUP):
+    starts = range(0, rows, ROW_GROUP)
+    with ThreadPoolExecutor(1) as beside:  # packs ids while prompts are looked up
+        for start in starts:
+            shard = file.slice(start, ROW_GROUP).collect()
+            packed = beside.submit(ids.add, shard["candidate_id"])
+            columns.add(shard)
+            packed.result()
+        distinct = beside.submit(ids.distinct)
+        decision = decide(columns, POLICY, SALT, ids)
+        assert distinct.result() == rows
+
+    def verdicts(start: int) -> pl.DataFrame:
         shard = file.slice(start, ROW_GROUP).select(GATES).collect()
-        verdicts.append(judged(shard, decision, slice(start, start + ROW_GROUP)).select(RESULT))
-    return pl.concat(verdicts)
+        return judged(shard, decision, slice(start, start + ROW_GROUP)).select(RESULT)
+
+    with ThreadPoolExecutor(2) as threads:
+        return pl.concat(threads.map(verdicts, starts))
 
 
 def textbook(path: Path) -> pl.DataFrame:

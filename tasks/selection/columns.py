@@ -158,9 +158,10 @@ class PackedIds:
             raise SelectionError(f"candidate ids such as '{ids[0]}' are not 32 hexadecimal digits: plan the run again")
         text = ids.rechunk().to_arrow(compat_level=pl.CompatLevel.oldest())
         pairs = np.frombuffer(text.buffers()[2], np.uint16, 16 * len(ids), 32 * text.offset)
-        values = (pairs & 0x0F0F) + 9 * (
-            pairs >> 6 & 0x0101
-        )  # of both digits: in ASCII, letters have bit 6 and count from 1
+        values = pairs >> 6  # of both digits: in ASCII, letters have bit 6 and count from 1
+        values &= 0x0101
+        values *= 9
+        values += pairs & 0x0F0F
         self._parts.append((values << 4 | values >> 8).astype(np.uint8))
 
     def __call__(self, rows: np.ndarray) -> pl.Series:
