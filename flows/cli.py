@@ -4,10 +4,11 @@ import json
 import os
 import shutil
 import sys
-from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+
+from flows.printing import print_calibration, print_summary
 
 app = typer.Typer(
     name="darkroom",
@@ -22,14 +23,29 @@ StoreOption = Annotated[
 ]
 
 
-class OnNoLift(StrEnum):
-    warn = "warn"
-    fail = "fail"
-
-
-class OnBadRows(StrEnum):
-    fail = "fail"
-    quarantine = "quarantine"
+# what `run` asks of the selection, and `reselect` may ask anew
+RejectOption = Annotated[str | None, typer.Option(help="Rejection rate, exact: 0.6 or 3/5.")]
+FloorOption = Annotated[float | None, typer.Option(help="Accept nothing with a raw cosine below this; -1: no floor.")]
+KMinOption = Annotated[int | None, typer.Option(help="Images to accept per prompt at least.")]
+KMaxOption = Annotated[int | None, typer.Option(help="Images to accept per prompt at most; 0: no limit.")]
+ModeOption = Annotated[
+    Literal["rate", "count", "threshold"] | None,
+    typer.Option(help="What decides how many are accepted: --reject, --count, or floor and caps alone."),
+]
+CountOption = Annotated[int | None, typer.Option(help="Images to accept, exactly; sets the mode count.")]
+QuotaOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Part of the set for a stratum: night=0.4 (a share) or night=200 (images). May be repeated."),
+]
+BlendOption = Annotated[float | None, typer.Option(help="1 compares images within their prompt, 0 across all prompts.")]
+BandLowOption = Annotated[float | None, typer.Option(help="Fail where the rejection rate comes out below this.")]
+BandHighOption = Annotated[float | None, typer.Option(help="Fail where the rejection rate comes out above this.")]
+DuplicateCosineOption = Annotated[
+    float | None, typer.Option(help="Reject images so near a better one of their prompt (embeddings); 0: none.")
+]
+DuplicateBitsOption = Annotated[
+    int | None, typer.Option(help="Reject images so few bits (perceptual hash) from a better one; -1: none.")
+]
 
 
 @app.command()
@@ -37,17 +53,35 @@ def run(
     manifest: Annotated[str, typer.Argument(help="Parquet file, folder or glob of prompts; any fsspec URL.")],
     store: StoreOption = "out/store",
     name: Annotated[str, typer.Option(help="Name of the dataset that gets the next release.")] = "demo",
-    reject: Annotated[str, typer.Option(help="Rejection rate, exact: 0.6 or 3/5.")] = "0.6",
-    floor: Annotated[float | None, typer.Option(help="Accept nothing with a raw cosine below this.")] = None,
-    k_min: Annotated[int | None, typer.Option(help="Images to accept per prompt at least.")] = None,
-    k_max: Annotated[int | None, typer.Option(help="Images to accept per prompt at most.")] = None,
+    reject: RejectOption = None,
+    floor: FloorOption = None,
+    k_min: KMinOption = None,
+    k_max: KMaxOption = None,
+    mode: ModeOption = None,
+    count: CountOption = None,
+    quota: QuotaOption = None,
+    blend: BlendOption = None,
+    band_low: BandLowOption = None,
+    band_high: BandHighOption = None,
+    duplicate_cosine: DuplicateCosineOption = None,
+    duplicate_bits: DuplicateBitsOption = None,
     candidates: Annotated[int | None, typer.Option(help="Images to make per prompt.")] = None,
     model: Annotated[str | None, typer.Option(help="Diffusers folder or hub name.")] = None,
     scorer: Annotated[str | None, typer.Option(help="OpenCLIP folder or hub name.")] = None,
+    form: Annotated[
+        Literal["cosine", "corrected", "contrastive"],
+        typer.Option(help="What images are compared by; the last two need `darkroom calibrate` first."),
+    ] = "cosine",
+    calibrated_floor: Annotated[
+        bool, typer.Option("--calibrated-floor", help="Use the floor that `darkroom calibrate` measured.")
+    ] = False,
+    safety: Annotated[str | None, typer.Option(help="JSON file of concepts that must not be seen.")] = None,
     judge: Annotated[
         str | None, typer.Option(help="OpenCLIP model of another family, to see whether the filter helps.")
     ] = None,
-    on_no_lift: Annotated[OnNoLift, typer.Option(help="What to do where the judge sees no gain.")] = OnNoLift.warn,
+    on_no_lift: Annotated[
+        Literal["warn", "fail"], typer.Option(help="What to do where the judge sees no gain.")
+    ] = "warn",
     sampler: Annotated[str | None, typer.Option(help="ddpm, ddim, dpm++, plms, euler, euler_a, unipc or lcm.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
@@ -63,7 +97,9 @@ def run(
         float | None, typer.Option(help="No further round after generation cost this, at --price.")
     ] = None,
     price: Annotated[float | None, typer.Option(help="Price of a GPU hour.")] = None,
-    on_bad_rows: Annotated[OnBadRows, typer.Option(help="What to do with a bad row of the manifest.")] = OnBadRows.fail,
+    on_bad_rows: Annotated[
+        Literal["fail", "quarantine"], typer.Option(help="What to do with a bad row of the manifest.")
+    ] = "fail",
     edition: Annotated[str, typer.Option(help="Names this batch of images; another edition makes new images.")] = "",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's own log.")] = False,
 ) -> None:
@@ -88,8 +124,28 @@ def run(
                     shard_size=shard_size,
                 )
             )
-            scoring = Scoring(**_given(scorer=scorer, judge=judge, on_no_lift=on_no_lift.value))
-            policy = Policy(**_given(reject=reject, floor=floor, k_min=k_min, k_max=k_max))
+            scoring = Scoring(
+                form=form,
+                calibrated_floor=calibrated_floor,
+                on_no_lift=on_no_lift,
+                **_given(scorer=scorer, safety=safety, judge=judge),
+            )
+            policy = Policy(
+                **_policy(
+                    reject=reject,
+                    floor=floor,
+                    k_min=k_min,
+                    k_max=k_max,
+                    mode=mode,
+                    count=count,
+                    quota=quota,
+                    blend=blend,
+                    band_low=band_low,
+                    band_high=band_high,
+                    duplicate_cosine=duplicate_cosine,
+                    duplicate_bits=duplicate_bits,
+                )
+            )
             budget = Budget(
                 **_given(
                     rounds=rounds,
@@ -113,10 +169,10 @@ def run(
             scoring=scoring,
             policy=policy,
             budget=budget,
-            on_bad_rows=on_bad_rows.value,
+            on_bad_rows=on_bad_rows,
             edition=edition,
         )
-        _print_summary(summary)
+        print_summary(summary)
 
 
 @app.command()
@@ -127,12 +183,18 @@ def reselect(
     ],
     store: StoreOption = "out/store",
     name: Annotated[str | None, typer.Option(help="Dataset that gets the next release; else the run's own.")] = None,
-    reject: Annotated[str | None, typer.Option(help="Rejection rate, exact: 0.6 or 3/5.")] = None,
-    floor: Annotated[
-        float | None, typer.Option(help="Accept nothing with a raw cosine below this; -1: no floor.")
-    ] = None,
-    k_min: Annotated[int | None, typer.Option(help="Images to accept per prompt at least.")] = None,
-    k_max: Annotated[int | None, typer.Option(help="Images to accept per prompt at most; 0: no limit.")] = None,
+    reject: RejectOption = None,
+    floor: FloorOption = None,
+    k_min: KMinOption = None,
+    k_max: KMaxOption = None,
+    mode: ModeOption = None,
+    count: CountOption = None,
+    quota: QuotaOption = None,
+    blend: BlendOption = None,
+    band_low: BandLowOption = None,
+    band_high: BandHighOption = None,
+    duplicate_cosine: DuplicateCosineOption = None,
+    duplicate_bits: DuplicateBitsOption = None,
 ) -> None:
     """Another selection from a finished run, as a new release; no model is loaded. What is not given stays the run's."""
     with _errors():
@@ -145,12 +207,25 @@ def reselect(
         from tasks.store import Store
 
         started, place = time.monotonic(), Store(store)
-        changes = _given(reject=reject, floor=floor, k_min=k_min, k_max=k_max)
+        changes = _policy(
+            reject=reject,
+            floor=floor,
+            k_min=k_min,
+            k_max=k_max,
+            mode=mode,
+            count=count,
+            quota=quota,
+            blend=blend,
+            band_low=band_low,
+            band_high=band_high,
+            duplicate_cosine=duplicate_cosine,
+            duplicate_bits=duplicate_bits,
+        )
         try:
             done = reselection.reselect(place, find_run(place, run_id), changes, name)
         except ValidationError as error:
             raise typer.BadParameter(_in_words(error)) from error
-        _print_summary(reselection.summary(place, done, time.monotonic() - started))
+        print_summary(reselection.summary(place, done, time.monotonic() - started))
 
 
 @app.command()
@@ -229,7 +304,7 @@ def calibrate(
         from tasks.store import Store
 
         asked = Asked(quantile=quantile, bank=bank, images=images, synonym=synonym, seed=seed)
-        _print_calibration(calibrate(Store(store), fingerprint(scorer), lambda: open_scorer(scorer), run, asked))
+        print_calibration(calibrate(Store(store), fingerprint(scorer), lambda: open_scorer(scorer), run, asked))
 
 
 class _errors:
@@ -291,6 +366,22 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def _policy(
+    mode: Literal["rate", "count", "threshold"] | None, count: int | None, quota: list[str] | None, **options: Any
+) -> dict[str, Any]:
+    """The fields of a policy that were given. A number of images means the mode that keeps it, another mode means none."""
+    fields = _given(count=count, **options)
+    if mode or count is not None:
+        fields["mode"] = mode or "count"
+        fields.setdefault("count", 0)
+    if quota:
+        parts = [entry.rpartition("=") for entry in quota]
+        if bad := [entry for entry, (stratum, sign, _) in zip(quota, parts, strict=True) if not (stratum and sign)]:
+            raise typer.BadParameter(f"--quota {bad[0]}: write stratum=share or stratum=number, such as night=0.4")
+        fields["quotas"] = {stratum: part for stratum, _, part in parts}
+    return fields
+
+
 def _in_words(error: Any) -> str:
     """A pydantic ValidationError in the words of the command line."""
 
@@ -301,76 +392,6 @@ def _in_words(error: Any) -> str:
         return f"--{str(problem['loc'][0]).replace('_', '-')}: {message}, received {problem['input']!r}"
 
     return "; ".join(told(problem) for problem in error.errors())
-
-
-MANIFEST_NOTES = {"merged": "duplicate rows merged", "bad_rows": "bad rows quarantined"}
-
-
-def _print_summary(summary: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    counts, rate = summary["counts"], summary["rejection_rate"]
-    table = Table.grid(padding=(0, 3))
-    table.add_column(style="dim")
-    if "reselected_from" in summary:
-        table.add_row("selected again", f"from run {summary['reselected_from']}: {escape(summary['changes'])}")
-    table.add_row(
-        "manifest",
-        f"{summary['prompts']} prompts in {summary['strata']} strata"
-        + "".join(f", {summary[n]} {words}" for n, words in MANIFEST_NOTES.items() if summary[n]),
-    )
-    if summary["bad_rows"]:
-        table.add_row("bad rows", escape(summary["bad_rows_file"]))
-    table.add_row(
-        "candidates",
-        f"{summary['candidates']}: {summary['made']} made now, {summary['found']} found in the store"
-        + (f" · {summary['images_per_second']:.1f} images/s" if summary["made"] else "")
-        + (f" · {summary['rounds']} rounds" if summary["rounds"] > 1 else ""),
-    )
-    if summary["given_up"]:
-        table.add_row(
-            "given up", f"{summary['given_up']} prompts still have fewer images than k_min; the report says why"
-        )
-    table.add_row(
-        "verdicts",
-        f"[bold]{counts['accepted']} accepted[/], {counts['rejected']} rejected"
-        + (f" ({rate:.1%})" if rate is not None else "")
-        + "".join(f", {counts[v]} {v}" for v in ("unsafe", "degenerate", "error") if counts[v]),
-    )
-    if summary.get("lift"):
-        table.add_row("lift", escape(summary["lift"]))
-    table.add_row("release", f"[bold]{summary['dataset']} v{summary['version']}[/]  {escape(summary['release'])}")
-    table.add_row("report", escape(summary["report"]))
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(f"\n[bold]Darkroom[/] run {summary['run']} in {summary['seconds']:.0f} s\n")
-    console.print(table)
-    console.print()
-
-
-def _print_calibration(measured: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 3))
-    table.add_column(style="dim")
-    table.add_row(
-        "floor", f"[bold]{measured.floor:.4f}[/]  the cosine that {measured.asked['quantile']:.1%} of pairs stay below"
-    )
-    table.add_row("", f"{measured.own_above_floor:.1%} of the images reach it with their own prompt")
-    table.add_row(
-        "pairs", f"{measured.pairs:,} mismatched, of {measured.images:,} images and {measured.prompts.height:,} prompts"
-    )
-    for quantile, cosine in measured.quantiles.items():
-        table.add_row(f"  {float(quantile):6.1%}", f"{cosine:7.4f}")
-    table.add_row("bias", f"± {measured.bias_spread:.4f} from prompt to prompt (standard deviation)")
-    table.add_row("bank", f"{measured.bank.height:,} distractors at logit scale {measured.logit_scale:.1f}")
-    table.add_row("synonyms", f"prompts with a cosine of {measured.synonym:.4f} or more")
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(f"\n[bold]Darkroom[/] calibration {measured.number} of scorer {measured.scorer}\n")
-    console.print(table)
-    console.print()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from flows.parameters import Budget, Generation, Policy, Scoring
 from flows.progress import Progress
 from tasks.engines import EngineError, Recipe
 from tasks.errors import DarkroomError
+from tasks.judging import Judging
 from tasks.lift import LiftError, check_judge, in_words, judge_sample, require_lift
 from tasks.lineage import Events
 from tasks.references import PlanRef, ShardMade, ShardRef, ShardScored
@@ -77,6 +78,7 @@ def nightly(
     judge = fingerprint(scoring.judge) if scoring.judge else None
     if judge:
         check_judge(scorer, judge)
+    judging, policy = steps.judging(store, scoring, scorer, policy)
 
     snapshot = steps.ingest(store, manifest, generation.model, scoring.scorer, on_bad_rows)
     run = steps.open_run(
@@ -90,6 +92,7 @@ def nightly(
             "batch_size": generation.batch_size,
             "scorer": scorer,
             **({"judge": judge} if judge else {}),
+            **judging.asked(),
             "policy": policy.model_dump(mode="json"),
             "budget": budget.model_dump(mode="json"),
         },
@@ -97,9 +100,9 @@ def nightly(
     with Events(Store(store), run, name) as events:
         with events.step("plan", inputs=[layout.manifest(snapshot.sha256)], outputs=[layout.plan(run, 0)]):
             sizes = {"shard_size": generation.shard_size, "batch_size": generation.batch_size, "edition": edition}
-            plan = steps.plan(store, snapshot, run, recipe, generation.candidates, **sizes)
+            plan = steps.plan(store, snapshot, run, recipe, generation.candidates, policy, **sizes)
         with events.step("generate", inputs=[layout.plan(run, 0)]) as event:
-            canary = partial(steps.check_canary, store, fingerprint=scorer, policy=policy, budget=budget)
+            rules = {"fingerprint": scorer, "policy": policy, "judging": judging, "budget": budget}
             make = partial(
                 generate_and_score,
                 store,
@@ -107,17 +110,16 @@ def nightly(
                 batch_size=generation.batch_size,
                 scoring=scoring,
                 scorer=scorer,
-                canary=canary,
+                judging=judging,
+                canary=partial(steps.check_canary, store, **rules),
             )
-            again = partial(
-                steps.top_up, store, snapshot, recipe, generation.candidates, scorer, policy, budget, sizes=sizes
-            )
-            plan, made, given_up = in_rounds(plan, make, again)
+            top_up = partial(steps.top_up, store, snapshot, recipe, generation.candidates, sizes=sizes, **rules)
+            plan, made, given_up = in_rounds(plan, make, top_up)
             event.counts.update(made=sum(m.made for m in made), found=sum(m.found for m in made))
         for shard in judge_sample(plan) if judge else ():
             steps.score(store, shard, scoring.judge, judge, scoring.batch_size)
         with events.step("select", inputs=[layout.plan(run, 0)], outputs=[layout.ledger(run)]) as event:
-            selection = steps.select(store, plan, snapshot, scorer, policy)
+            selection = steps.select(store, plan, snapshot, scorer, policy, judging)
             event.counts.update(selection.counts)
         summary = summarize(started, plan, made)
         lift = steps.lift(store, selection, plan, judge)
@@ -180,6 +182,7 @@ def generate_and_score(
     batch_size: int,
     scoring: Scoring,
     scorer: str,
+    judging: Judging,
     canary: Callable[[ShardRef], None],
 ) -> list[ShardMade]:
     """Generate shard after shard, and score each as soon as it is made, while the next one is generated.
@@ -220,7 +223,7 @@ def generate_and_score(
             match result:
                 case ShardMade():
                     made.append(result)
-                    start(steps.score, shard, scoring.scorer, scorer, scoring.batch_size)
+                    start(steps.score, shard, scoring.scorer, scorer, scoring.batch_size, judging)
                 case ShardScored():
                     progress.shard_done()
                     if shard is first:

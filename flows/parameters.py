@@ -60,6 +60,7 @@ class Scoring(BaseModel, frozen=True):
 
     scorer: str = Field("data/models/tiny-clip-filter", description="OpenCLIP folder or hub name")
     batch_size: int = Field(64, ge=1, le=4096, description="images per call of the scorer (1–4096)")
+    calibrated_floor: bool = Field(False, description="use the floor that `darkroom calibrate` measured for the scorer")
     judge: str = Field(
         "", description="held-out OpenCLIP of another family, to tell whether the filter helps; empty: none"
     )

@@ -14,7 +14,9 @@ from prefect.client.schemas.objects import TaskRun
 from prefect.states import State
 
 from flows import progress
+from flows.parameters import Scoring
 from tasks.engines import Recipe
+from tasks.judging import Judging
 from tasks.lift import Lift
 from tasks.references import ManifestRef, PlanRef, ReleaseRef, Selection, ShardMade, ShardRef, ShardScored
 from tasks.select import Policy
@@ -50,11 +52,28 @@ def open_run(store: str, asked: dict[str, Any]) -> str:
     return open_run(Store(store), asked, flow_run.id)
 
 
-@step(name="plan")
-def plan(store: str, manifest: ManifestRef, run: str, recipe: Recipe, candidates: int, **sizes: Any) -> PlanRef:
-    from tasks.engines.models import ModelFolder, check_recipe, locate
-    from tasks.plan import plan
+@step(name="judging")
+def judging(store: str, scoring: Scoring, fingerprint: str, policy: Policy) -> tuple[Judging, Policy]:
+    """How the run judges, and the policy with the floor that was measured, where that is to hold."""
+    from tasks.calibrate import needed_for, required
+    from tasks.gates.safety import read_gate, record_gate
 
+    place = Store(store)
+    if scoring.calibrated_floor:
+        policy = policy.model_copy(update={"floor": required(place, fingerprint, scoring.scorer).floor})
+    calibration = needed_for(place, scoring.form, fingerprint, scoring.scorer)
+    safety = record_gate(place, read_gate(scoring.safety), fingerprint) if scoring.safety else ""
+    return Judging(scoring.form, calibration, safety), policy
+
+
+@step(name="plan")
+def plan(
+    store: str, manifest: ManifestRef, run: str, recipe: Recipe, candidates: int, policy: Policy, **sizes: Any
+) -> PlanRef:
+    from tasks.engines.models import ModelFolder, check_recipe, locate
+    from tasks.plan import check_promises, plan
+
+    check_promises(Store(store), manifest, candidates, policy)
     folder = ModelFolder(locate(recipe.model))
     return plan(Store(store), manifest, run, recipe, candidates, check=lambda r: check_recipe(r, folder), **sizes)
 
@@ -71,18 +90,34 @@ def generate(store: str, shard: ShardRef, run: str, recipe: Recipe, batch_size: 
 
 
 @step(name="score", task_run_name="score {shard.shard}")
-def score(store: str, shard: ShardRef, scorer: str, fingerprint: str, batch_size: int) -> ShardScored:
-    from tasks.score import score_shard
+def score(
+    store: str,
+    shard: ShardRef,
+    scorer: str,
+    fingerprint: str,
+    batch_size: int,
+    judging: Judging = Judging(),  # noqa: B008  (immutable)
+) -> ShardScored:
+    from tasks.gates.safety import judge_shard
+    from tasks.score import form_shard, score_shard
     from tasks.scorers import open_scorer
 
-    return score_shard(Store(store), shard, fingerprint, lambda: open_scorer(scorer, batch_size))
+    place, opened = Store(store), functools.partial(open_scorer, scorer, batch_size)
+    scored = score_shard(place, shard, fingerprint, opened)
+    if judging.calibration:
+        form_shard(place, shard, fingerprint, judging.calibration, opened)
+    if judging.safety:
+        judge_shard(place, shard, judging.safety, opened)
+    return scored
 
 
 @step(name="canary")
-def check_canary(store: str, shard: ShardRef, fingerprint: str, policy: Policy, budget: Budget) -> None:
+def check_canary(
+    store: str, shard: ShardRef, fingerprint: str, policy: Policy, judging: Judging, budget: Budget
+) -> None:
     from tasks.topup import check_canary
 
-    check_canary(Store(store), shard, fingerprint, policy, budget)
+    check_canary(Store(store), shard, fingerprint, policy, budget, judging)
 
 
 @step(name="top up")
@@ -91,11 +126,13 @@ def top_up(
     manifest: ManifestRef,
     recipe: Recipe,
     candidates: int,
-    fingerprint: str,
-    policy: Policy,
-    budget: Budget,
     so_far: PlanRef,
     seconds: float,
+    *,
+    fingerprint: str,
+    policy: Policy,
+    judging: Judging,
+    budget: Budget,
     sizes: dict[str, Any],
 ) -> tuple[PlanRef | None, int]:
     from tasks.plan import plan
@@ -104,14 +141,18 @@ def top_up(
     def plan_round(number: int, more: Any) -> PlanRef:
         return plan(Store(store), manifest, so_far.run, recipe, candidates, round=number, more=more, **sizes)
 
-    return next_round(Store(store), so_far, manifest, fingerprint, policy, budget, seconds, plan_round)
+    return next_round(Store(store), so_far, manifest, fingerprint, policy, judging, budget, seconds, plan_round)
 
 
 @step(name="select")
-def select(store: str, plan: PlanRef, manifest: ManifestRef, fingerprint: str, policy: Policy) -> Selection:
+def select(
+    store: str, plan: PlanRef, manifest: ManifestRef, fingerprint: str, policy: Policy, judging: Judging
+) -> Selection:
+    from tasks.judging import further_facts
     from tasks.select import judge_run
 
-    return judge_run(Store(store), plan, manifest, fingerprint, policy)
+    more = further_facts(Store(store), plan, fingerprint, policy, judging)
+    return judge_run(Store(store), plan, manifest, fingerprint, policy, more)
 
 
 @step(name="lift")

@@ -266,6 +266,16 @@ def needed_for(store: Store, form: forms.Form, fingerprint: str, scorer: str) ->
     return str(_facts(store, fingerprint, numbers[-1])["digest"])
 
 
+def required(store: Store, fingerprint: str, scorer: str) -> Calibration:
+    """The latest calibration of a scorer. Raises CalibrationError where there is none."""
+    if found := latest(store, fingerprint):
+        return found
+    raise CalibrationError(
+        f"{store} has no calibration of scorer '{scorer}' ({fingerprint}): run `darkroom calibrate --scorer {scorer} --store "
+        f"{store.url}` first (it needs images this scorer has judged: make a run without one)"
+    )
+
+
 def _commit(store: Store, facts: dict[str, Any]) -> Calibration:
     """Put the calibration under the next free number, or find that another process just did."""
     fingerprint = facts["scorer"]

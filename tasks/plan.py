@@ -21,6 +21,7 @@ from tasks import identity, tables
 from tasks.engines import Recipe
 from tasks.errors import DarkroomError
 from tasks.references import ManifestRef, PlanRef, ShardRef
+from tasks.selection import Policy, check_quotas
 from tasks.store import Store, layout
 from tasks.store.objects import parquet_bytes
 
@@ -92,6 +93,13 @@ def plan(
             "another run name"
         )
     return _plan_ref(committed)
+
+
+def check_promises(store: Store, manifest: ManifestRef, n_candidates: int, policy: Policy) -> None:
+    """Raises SelectionError where no scores at all could keep what the policy promises for these prompts."""
+    columns = ["prompt_id", "stratum", "n_candidates", "k_min", "k_max"]
+    prompts = store.read_frame(layout.manifest(manifest.sha256), columns)
+    check_quotas(prompts.with_columns(n=pl.col("n_candidates").fill_null(n_candidates)), policy)
 
 
 def load_plan(store: Store, run: str, round: int = 0) -> PlanRef:

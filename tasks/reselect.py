@@ -13,6 +13,7 @@ from typing import Any
 
 from tasks.diff import Difference, differences
 from tasks.errors import DarkroomError
+from tasks.judging import further_facts, judging_of
 from tasks.lift import Lift, in_words, measure_lift
 from tasks.lineage import Events, record_images
 from tasks.references import ManifestRef, PlanRef, ReleaseRef, Selection, ShardRef
@@ -67,7 +68,8 @@ def reselect(store: Store, run: str, changes: Mapping[str, Any], name: str | Non
     dataset = asked["dataset"]
     with Events(store, run, dataset) as events:
         with events.step("select", inputs=[layout.plan(run, 0)], outputs=[layout.ledger(run)]) as event:
-            selection = judge_run(store, plan, manifest, asked["scorer"], policy, run)
+            more = further_facts(store, plan, asked["scorer"], policy, judging_of(asked))
+            selection = judge_run(store, plan, manifest, asked["scorer"], policy, more)
             event.counts.update(selection.counts)
         lift = measure_lift(store, selection, plan, asked.get("judge"))
         changed = differences(load_run(store, first)["asked"]["policy"], asked["policy"])

@@ -24,11 +24,11 @@ from pydantic import BaseModel, Field, model_validator
 
 from tasks import tables
 from tasks.errors import DarkroomError
+from tasks.judging import GATES, Judging, read_candidates
 from tasks.plan import load_plan
 from tasks.references import ManifestRef, PlanRef, ShardRef
 from tasks.select import Policy
 from tasks.store import Store, layout
-from tasks.store.shards import read_index
 
 PRIOR = 4.0  # s: candidates of its own that a prompt needs to count as much as its stratum
 CONFIDENCE = 0.8  # of having enough after a round; a higher one wastes candidates, a lower one rounds
@@ -171,6 +171,7 @@ def next_round(
     manifest: ManifestRef,
     fingerprint: str,
     policy: Policy,
+    judging: Judging,
     budget: Budget,
     seconds: float,
     plan_round: Callable[[int, pl.DataFrame], PlanRef],
@@ -188,7 +189,7 @@ def next_round(
         return None, store.read_table(layout.given_up(run), ["prompt_id"]).num_rows
     if store.exists(layout.ledger(run)) or not _has_quotas(store, manifest, policy):
         return None, 0
-    stand = standing(store, so_far, manifest, fingerprint, policy)
+    stand = standing(store, so_far, manifest, fingerprint, policy, judging)
     if number <= budget.rounds:
         round = top_up(stand, budget, budget.affordable(so_far.candidates, seconds))
         if round.more.height:
@@ -201,14 +202,21 @@ def _has_quotas(store: Store, manifest: ManifestRef, policy: Policy) -> bool:
     return bool(policy.k_min or own.fill_null(0).max())
 
 
-def standing(store: Store, plan: PlanRef, manifest: ManifestRef, fingerprint: str, policy: Policy) -> pl.DataFrame:
+def standing(
+    store: Store,
+    plan: PlanRef,
+    manifest: ManifestRef,
+    fingerprint: str,
+    policy: Policy,
+    judging: Judging = Judging(),  # noqa: B008  (immutable)
+) -> pl.DataFrame:
     """How the prompts of a plan stand, one row each in manifest order.
 
     prompt_id, stratum, k_min, made (candidates ordered, whatever became of them), eligible, best (candidate id of the highest
     score, eligible or not; null: none has an image), score (its raw cosine). Raises Missing, CorruptObject.
     """
     prompts = store.read_frame(layout.manifest(manifest.sha256), ["prompt_id", "stratum", "k_min"])
-    counted = pl.concat([_counted(store, shard, fingerprint, policy.floor) for shard in plan.shards])
+    counted = pl.concat([_counted(store, shard, fingerprint, policy.floor, judging) for shard in plan.shards])
     by_prompt = counted.group_by("prompt_id").agg(
         pl.col("made", "eligible").sum(), pl.col("best", "score").sort_by("score", "best", descending=True).first()
     )
@@ -217,14 +225,10 @@ def standing(store: Store, plan: PlanRef, manifest: ManifestRef, fingerprint: st
     )
 
 
-def _counted(store: Store, shard: ShardRef, fingerprint: str, floor: float) -> pl.DataFrame:
-    orders = store.read_frame(shard.orders, ["candidate_id", "prompt_id"])
-    facts = read_index(store, shard.recipe_id, shard.shard).select("candidate_id", "degenerate", "error")
-    scores = store.read_frame(layout.scores(fingerprint, shard.shard), ["candidate_id", "cosine"])
-    usable = pl.all_horizontal(pl.col("degenerate", "error").is_null())
+def _counted(store: Store, shard: ShardRef, fingerprint: str, floor: float, judging: Judging) -> pl.DataFrame:
+    usable = pl.all_horizontal(pl.col(GATES).is_null())
     return (
-        orders.join(facts, on="candidate_id")
-        .join(scores, on="candidate_id")
+        read_candidates(store, shard, fingerprint, judging)
         .with_columns(eligible=usable & (pl.col("cosine").cast(pl.Float64) >= floor).fill_null(False))
         .group_by("prompt_id")
         .agg(
@@ -236,9 +240,16 @@ def _counted(store: Store, shard: ShardRef, fingerprint: str, floor: float) -> p
     )
 
 
-def check_canary(store: Store, shard: ShardRef, fingerprint: str, policy: Policy, budget: Budget) -> None:
+def check_canary(
+    store: Store,
+    shard: ShardRef,
+    fingerprint: str,
+    policy: Policy,
+    budget: Budget,
+    judging: Judging = Judging(),  # noqa: B008
+) -> None:
     """Raises CanaryDied where so much of a shard is below the floor or gated that the night would be wasted."""
-    counted = _counted(store, shard, fingerprint, policy.floor).select(
+    counted = _counted(store, shard, fingerprint, policy.floor, judging).select(
         pl.col("made", "eligible").sum(), pl.max("score")
     )
     made, eligible, best = counted.row(0)

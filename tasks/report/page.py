@@ -18,6 +18,7 @@ import polars as pl
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from tasks import tables
 from tasks.lift import Lift, signed
 from tasks.references import ManifestRef, PlanRef, ReleaseRef, Selection
 from tasks.report import figures, showcase
@@ -52,6 +53,9 @@ def write_report(
     """
     ledger = showcase.read_ledger(store, selection)
     strips = showcase.extremes(ledger)
+    given_up = _given_up(store, selection.run)
+    if best := given_up["best"].drop_nulls().head(showcase.STRIP).to_list():
+        strips["Best of those given up"] = best
     first = [candidate_id for ids in strips.values() for candidate_id in ids]
     shown = showcase.with_facts(store, plan, showcase.choose(ledger, limit, first))
     place = shlex.quote(public(store.url)).replace("{", "{{").replace("}", "}}")
@@ -75,7 +79,7 @@ def write_report(
         strata=figures.strata(ledger),
         n_prompts=ledger["prompt_id"].n_unique(),
         per_prompt=figures.per_prompt(ledger),
-        starved=_texts(store, manifest, selection.starved[:MAX_ROWS]),
+        starved=_starved(store, manifest, selection.starved[:MAX_ROWS], given_up),
         strips={title: [card for id in ids for card in cards if card.id == id] for title, ids in strips.items()},
         cards=cards,
         recipes=_recipes(store, plan),
@@ -148,13 +152,31 @@ def _deviations(rank_score: int) -> str:
     return f"{rank_score / RANK_UNIT:+.4f} standard deviations".replace("-", "−")
 
 
-def _texts(store: Store, manifest: ManifestRef, ids: tuple[str, ...]) -> list[str]:
-    """The prompts with these ids."""
+GIVEN_UP = {
+    "hopeless": "hopeless",
+    "prompt_cap": "no more candidates are allowed for a prompt",
+    "budget": "the run's budget is spent",
+    "rounds": "the last round is over",
+}
+
+
+def _given_up(store: Store, run: str) -> pl.DataFrame:
+    """tables.GIVEN_UP of a run; empty where no prompt was given up."""
+    key = layout.given_up(run)
+    return store.read_frame(key) if store.exists(key) else tables.GIVEN_UP.empty()
+
+
+def _starved(store: Store, manifest: ManifestRef, ids: tuple[str, ...], given_up: pl.DataFrame) -> list[str]:
+    """The prompts with these ids, and why they got no more where that is known."""
     if not ids:
         return []
+    why = {
+        row["prompt_id"]: f" — {row['eligible']} of {row['made']} usable, {GIVEN_UP[row['reason']]}"
+        for row in given_up.iter_rows(named=True)
+    }
     table = store.read_table(layout.manifest(manifest.sha256), columns=["prompt_id", "prompt"])
     texts = dict(zip(table["prompt_id"].to_pylist(), table["prompt"].to_pylist(), strict=True))
-    return [_clip(texts[prompt_id], 300) for prompt_id in ids]
+    return [_clip(texts[prompt_id], 300) + why.get(prompt_id, "") for prompt_id in ids]
 
 
 def _recipes(store: Store, plan: PlanRef) -> list[tuple[str, int, dict[str, Any]]]:

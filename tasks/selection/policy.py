@@ -33,6 +33,15 @@ class Policy(BaseModel, frozen=True):
         {},
         description='stratum → its share of the set ("0.4", "2/5") or number of images ("200"); the others share the rest',
     )
+    duplicate_cosine: float = Field(
+        0, ge=0, le=1, description="reject an image whose embedding is so near a better one's of its prompt; 0: none"
+    )
+    duplicate_bits: int = Field(
+        -1,
+        ge=-1,
+        le=8,
+        description="reject an image whose perceptual hash differs by so few bits from a better one's; -1: none",
+    )
     blend: float = Field(0.5, ge=0, le=1, description="λ: 1 compares images within their prompt, 0 across all prompts")
     band_low: float = Field(0.0, ge=0, le=1, description="fail where the rejection rate comes out below this")
     band_high: float = Field(1.0, ge=0, le=1, description="fail where the rejection rate comes out above this")

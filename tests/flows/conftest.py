@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MODEL = str(ROOT / "data/models/tiny-sd")
 SCORER = str(ROOT / "data/models/tiny-clip-filter")
+JUDGE = str(ROOT / "data/models/tiny-clip-judge")
 
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")

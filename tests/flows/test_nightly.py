@@ -1,5 +1,6 @@
 """The flow as a whole, on the embedded models and a real Prefect server."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,16 @@ import pytest
 
 from flows.nightly import nightly
 from flows.parameters import Budget, Generation, Policy, Scoring
+from tasks.calibrate import Asked, calibrate
+from tasks.identity import prompt_id
+from tasks.reselect import reselect
+from tasks.scorers.openclip import fingerprint
 from tasks.select import SelectionError
 from tasks.store import Store, layout
 from tasks.topup import CanaryDied
 from tasks.trace import trace
 from tasks.verify import verify
-from tests.flows.conftest import MODEL, SCORER
+from tests.flows.conftest import JUDGE, MODEL, SCORER
 
 
 def run(manifest: str, store: Path, **changes: Any) -> dict[str, Any]:
@@ -24,10 +29,14 @@ def run(manifest: str, store: Path, **changes: Any) -> dict[str, Any]:
         store=str(store),
         name="shapes",
         generation=Generation(model=MODEL, candidates=candidates, shard_size=16),
-        scoring=Scoring(scorer=SCORER),
+        scoring=changes.pop("scoring", Scoring(scorer=SCORER)),
         policy=policy,
         **changes,
     )
+
+
+COLORS = ("red", "green", "blue", "yellow", "orange", "purple", "white", "black")
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 
 
 def ledger(store: Path, run: str) -> pl.DataFrame:
@@ -136,3 +145,41 @@ def test_a_dead_canary_stops_the_run_after_its_first_shard(prefect_api, small_ma
     with pytest.raises(CanaryDied, match="of the first 16 candidates, 16 are below the floor"):
         run(small_manifest, tmp_path, policy=Policy(floor=0.99))
     assert len([key for key in Store(tmp_path).list("scores") if key.endswith(".parquet")]) == 1
+
+
+def test_form_floor_gate_and_near_copies_decide_together(first, small_manifest, tmp_path):
+    """All that judges beside the raw cosine, in one run over the images that are there, and again by reselect."""
+    from tasks.scorers import open_scorer
+
+    store, _ = first
+    place, scorer = Store(store), fingerprint(SCORER)
+    measured = calibrate(place, scorer, lambda: open_scorer(SCORER, 64), None, Asked(quantile=0.9))
+    gate = {
+        "harmless": [f"a {c} {s}" for c in COLORS for s in SHAPES if (c, s) != ("red", "circle")],
+        "concepts": {"red circle": {"texts": ["a red circle"], "margin": 0}},
+    }
+    (tmp_path / "gate.json").write_text(json.dumps(gate))
+    scoring = Scoring(
+        scorer=SCORER, form="contrastive", calibrated_floor=True, safety=str(tmp_path / "gate.json"), judge=JUDGE
+    )
+    summary = run(
+        small_manifest, store, scoring=scoring, policy=Policy(reject="0.7", duplicate_cosine=0.999, duplicate_bits=0)
+    )
+    assert summary["made"] == 0 and "judge" in summary["lift"]
+    verdicts = ledger(store, summary["run"])
+    accepted = verdicts.filter(pl.col("verdict") == "accepted")
+    assert (accepted["score"].cast(pl.Float64) >= measured.floor).all()
+    unsafe = verdicts.filter(pl.col("verdict") == "unsafe")
+    prompts = pl.read_parquet(small_manifest).with_columns(
+        prompt_id=prompt_id(pl.col("prompt"), pl.lit("")), red=pl.col("prompt").str.contains("red circle")
+    )
+    assert unsafe.height and set(unsafe["reason"]) == {"red circle"}
+    seen = verdicts.join(prompts, on="prompt_id").filter(pl.col("red"), pl.col("score") > 0.65)
+    assert (seen["verdict"] == "unsafe").all()  # images that show what their prompt says
+    # the form decides the order, and the raw cosine stands in the ledger
+    by_form = place.read_frame(next(key for key in place.list("calibrations") if "/forms/" in key))
+    assert by_form["contrastive"].is_not_null().any() and verdicts["score"].max() < 1
+    again = reselect(place, summary["run"], {"reject": "0.5"})
+    judged = ledger(store, again.run)
+    assert set(judged.filter(pl.col("verdict") == "unsafe")["candidate_id"]) == set(unsafe["candidate_id"])
+    assert verify(place).problems == []

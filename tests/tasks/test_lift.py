@@ -258,7 +258,7 @@ def test_the_embedded_judge_tells_the_embedded_filter_from_noise(tmp_path: Path)
 
     lifts = []
     for planned, scorer_id in zip(plans, (filter.fingerprint, "chance"), strict=True):
-        selection = judge_run(store, planned, manifest, scorer_id, Policy(reject="0.5"), planned.run)
+        selection = judge_run(store, planned, manifest, scorer_id, Policy(reject="0.5"))
         lifts.append(measure_lift(store, selection, planned, judge.fingerprint))
     helps, noise = lifts
     assert helps.judge and helps.judge.distinguishable and helps.warning is None

@@ -24,7 +24,7 @@ def judged(store: Store, policy: Policy, **options) -> SyntheticRun:
     """A run whose ledger is the selection's own, released and with its lineage."""
     made = synthetic_run(store, policy=policy, **options)
     store.delete(layout.ledger(made.run))
-    selection = judge_run(store, made.plan, made.manifest, made.scorer, policy, made.run)
+    selection = judge_run(store, made.plan, made.manifest, made.scorer, policy)
     released = release(store, options.get("dataset", "demo"), selection, made.plan, made.manifest)
     record_images(store, selection, made.plan, made.manifest, released)
     return replace(made, selection=selection)
