@@ -149,6 +149,8 @@ def summary(store: Store, done: Reselected, seconds: float) -> dict[str, Any]:
         "made": 0,
         "found": done.plan.candidates - counts["error"],
         "images_per_second": None,
+        "rounds": done.plan.round + 1,
+        "given_up": done.selection.n_starved,
         "seconds": seconds,
         "counts": counts,
         "rejection_rate": done.selection.rejection_rate,
