@@ -12,6 +12,10 @@ compare every pair: five thousand million. All are timed in CPU seconds of one t
     python benchmarks/duplicates.py [--images 1000000] [--few 20000] [--bits 3]
 """
 
+import sys
+
+sys.path.pop(0)  # this folder, where the standard library would find our select.py for its own module
+
 import argparse
 import json
 import os

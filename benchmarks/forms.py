@@ -11,10 +11,13 @@ clear where the intervals of both overlap.
     python benchmarks/forms.py [--store out/forms] [--prompts 210] [--per-prompt 5]
 """
 
+import sys
+
+sys.path.pop(0)  # this folder, where the standard library would find our select.py for its own module
+
 import argparse
 import json
 import random
-import sys
 import tempfile
 from pathlib import Path
 

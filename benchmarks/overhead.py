@@ -10,10 +10,13 @@ All three call the model from the same thread: with two, OpenMP would slow every
     python benchmarks/overhead.py [--candidates 3200] [--script-images 200]
 """
 
+import sys
+
+sys.path.pop(0)  # this folder, where the standard library would find our select.py for its own module
+
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path

@@ -10,6 +10,10 @@ Seconds are wall-clock time without imports; peak_gb is the largest resident set
     python benchmarks/plan.py [--prompts 1000000] [--shard-size 4096] [--skip-script]
 """
 
+import sys
+
+sys.path.pop(0)  # this folder, where the standard library would find our select.py for its own module
+
 import argparse
 import hashlib
 import json
@@ -17,7 +21,6 @@ import os
 import random
 import resource
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
