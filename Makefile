@@ -42,6 +42,7 @@ serve: install  ## server, work pool, worker and deployments on this machine; Ct
 benchmark: install
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/select.py
+	$(BIN)/python benchmarks/plan.py
 
 clean:  ## the demo's store and reports; not .venv
 	rm -rf out

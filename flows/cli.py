@@ -1,4 +1,4 @@
-"""`darkroom`: run a manifest, trace an image, verify a store. Heavy imports wait until a command needs them."""
+"""`darkroom`: run, reselect, diff, trace, verify, calibrate. Heavy imports wait until a command needs them."""
 
 import json
 import os
@@ -97,6 +97,12 @@ def run(
         float | None, typer.Option(help="No further round after generation cost this, at --price.")
     ] = None,
     price: Annotated[float | None, typer.Option(help="Price of a GPU hour.")] = None,
+    hopeless: Annotated[
+        float | None, typer.Option(help="Give a prompt up whose share of usable images is surely below this.")
+    ] = None,
+    canary: Annotated[
+        float | None, typer.Option(help="Stop where surely more than this share of the first shard is unusable.")
+    ] = None,
     on_bad_rows: Annotated[
         Literal["fail", "quarantine"], typer.Option(help="What to do with a bad row of the manifest.")
     ] = "fail",
@@ -110,6 +116,8 @@ def run(
 
         from flows.parameters import Budget, Generation, Policy, Scoring
 
+        if calibrated_floor and floor is not None:
+            raise typer.BadParameter("--floor and --calibrated-floor contradict each other: give one of them")
         try:
             generation = Generation(
                 **_given(
@@ -154,6 +162,8 @@ def run(
                     gpu_seconds=gpu_seconds,
                     money=money,
                     price=price,
+                    hopeless=hopeless,
+                    canary=canary,
                 )
             )
         except ValidationError as error:
@@ -195,6 +205,7 @@ def reselect(
     band_high: BandHighOption = None,
     duplicate_cosine: DuplicateCosineOption = None,
     duplicate_bits: DuplicateBitsOption = None,
+    no_quotas: Annotated[bool, typer.Option("--no-quotas", help="Without the quotas the run had.")] = False,
 ) -> None:
     """Another selection from a finished run, as a new release; no model is loaded. What is not given stays the run's."""
     with _errors():
@@ -221,6 +232,8 @@ def reselect(
             duplicate_cosine=duplicate_cosine,
             duplicate_bits=duplicate_bits,
         )
+        if no_quotas:
+            changes = {"quotas": {}, **changes}
         try:
             done = reselection.reselect(place, find_run(place, run_id), changes, name)
         except ValidationError as error:
@@ -299,12 +312,15 @@ def calibrate(
     """Measure once what a scorer's cosines mean, with images it has judged: floor, bias per prompt, distractors."""
     with _errors():
         from tasks.calibrate import Asked, calibrate
+        from tasks.runs import find_run
         from tasks.scorers import open_scorer
         from tasks.scorers.openclip import fingerprint
         from tasks.store import Store
 
         asked = Asked(quantile=quantile, bank=bank, images=images, synonym=synonym, seed=seed)
-        print_calibration(calibrate(Store(store), fingerprint(scorer), lambda: open_scorer(scorer), run, asked))
+        place = Store(store)
+        of_run = find_run(place, run) if run else None
+        print_calibration(calibrate(place, fingerprint(scorer), lambda: open_scorer(scorer), of_run, asked))
 
 
 class _errors:
@@ -370,7 +386,11 @@ def _policy(
     mode: Literal["rate", "count", "threshold"] | None, count: int | None, quota: list[str] | None, **options: Any
 ) -> dict[str, Any]:
     """The fields of a policy that were given. A number of images means the mode that keeps it, another mode means none."""
+    if count is not None and options["reject"] is not None:
+        raise typer.BadParameter("--count and --reject contradict each other: a number of images, or a rate")
     fields = _given(count=count, **options)
+    if options["reject"] is not None and mode is None:
+        mode = "rate"  # also where a run that is selected again had another
     if mode or count is not None:
         fields["mode"] = mode or "count"
         fields.setdefault("count", 0)

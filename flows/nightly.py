@@ -20,8 +20,10 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows import steps
 from flows.parameters import Budget, Generation, Policy, Scoring
 from flows.progress import Progress
+from tasks.calibrate import CalibrationError
 from tasks.engines import EngineError, Recipe
 from tasks.errors import DarkroomError
+from tasks.gates import GateError
 from tasks.judging import Judging
 from tasks.lift import LiftError, check_judge, in_words, judge_sample, require_lift
 from tasks.lineage import Events
@@ -29,6 +31,7 @@ from tasks.references import PlanRef, ShardMade, ShardRef, ShardScored
 from tasks.release import ReleaseError, check_name
 from tasks.scorers import ScorerError
 from tasks.store import Store, layout
+from tasks.topup import canary_shard
 
 
 class RunIncomplete(DarkroomError):
@@ -91,7 +94,7 @@ def nightly(
             "candidates": generation.candidates,
             "batch_size": generation.batch_size,
             "scorer": scorer,
-            **({"judge": judge} if judge else {}),
+            **({"judge": judge, "on_no_lift": scoring.on_no_lift} if judge else {}),
             **judging.asked(),
             "policy": policy.model_dump(mode="json"),
             "budget": budget.model_dump(mode="json"),
@@ -100,7 +103,7 @@ def nightly(
     with Events(Store(store), run, name) as events:
         with events.step("plan", inputs=[layout.manifest(snapshot.sha256)], outputs=[layout.plan(run, 0)]):
             sizes = {"shard_size": generation.shard_size, "batch_size": generation.batch_size, "edition": edition}
-            plan = steps.plan(store, snapshot, run, recipe, generation.candidates, policy, **sizes)
+            plan = steps.plan(store, snapshot, run, recipe, generation.candidates, policy, budget, **sizes)
         with events.step("generate", inputs=[layout.plan(run, 0)]) as event:
             rules = {"fingerprint": scorer, "policy": policy, "judging": judging, "budget": budget}
             make = partial(
@@ -159,16 +162,17 @@ def nightly(
 def in_rounds(
     plan: PlanRef,
     make: Callable[[PlanRef], list[ShardMade]],
-    top_up: Callable[[PlanRef, float], tuple[PlanRef | None, int]],
+    top_up: Callable[[PlanRef, int, float], tuple[PlanRef | None, int]],
 ) -> tuple[PlanRef, list[ShardMade], int]:
     """Make a plan, and then one round after the other for the prompts that still lack images.
 
-    `top_up` is told all that was planned and the seconds it took. Returns all rounds' plans together, what was made, and how many
+    `top_up` is told all that was planned, and how many images were made now in how many seconds. Returns all rounds' plans together, what was made, and how many
     prompts were given up.
     """
     made = make(plan)
     while True:
-        further, given_up = top_up(plan, sum(shard.seconds for shard in made))
+        new = [shard for shard in made if shard.made]
+        further, given_up = top_up(plan, sum(shard.made for shard in new), sum(shard.seconds for shard in new))
         if further is None:
             return plan, made, given_up
         made += make(further)
@@ -187,7 +191,7 @@ def generate_and_score(
 ) -> list[ShardMade]:
     """Generate shard after shard, and score each as soon as it is made, while the next one is generated.
 
-    The first shard of a run goes alone: `canary` looks at its scores, and raises where the others would be wasted. A shard
+    The canary's shard goes first and alone: `canary` looks at its scores, and raises where the others would be wasted. A shard
     that fails does not stop the others; a recipe the engine cannot follow is not tried again. Raises RunIncomplete at the end,
     ScorerError at once.
     """
@@ -197,7 +201,10 @@ def generate_and_score(
     made: list[ShardMade] = []
     failed: list[str] = []
     hopeless: dict[str, str] = {}  # recipe → why
-    first = plan.shards[0] if plan.round == 0 and len(plan.shards) > 1 else None
+    first = canary_shard(plan)
+    if first:
+        waiting.remove(first)
+        waiting.appendleft(first)
 
     def start(step: Any, shard: ShardRef, *args: Any) -> None:
         nonlocal running
@@ -228,7 +235,7 @@ def generate_and_score(
                     progress.shard_done()
                     if shard is first:
                         canary(shard)
-                case ScorerError():
+                case ScorerError() | CalibrationError() | GateError():  # no other shard would fare better
                     raise result
                 case error:
                     failed.append(f"{type(error).__name__}: {error}")

@@ -3,7 +3,7 @@
 from enum import StrEnum
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from tasks.scorers.forms import Form
 from tasks.select import Policy
@@ -75,6 +75,14 @@ class Scoring(BaseModel, frozen=True):
         description="what images are compared by: the cosine, the cosine corrected for its prompt's bias, or contrastive, "
         "against other prompts; the last two need `darkroom calibrate` first",
     )
+
+    @model_validator(mode="after")
+    def _can_tell(self) -> "Scoring":
+        if self.on_no_lift == "fail" and not self.judge:
+            raise ValueError(
+                "on_no_lift 'fail' needs a judge, a held-out OpenCLIP model that tells whether the filter helps"
+            )
+        return self
 
 
 __all__ = ["Budget", "Generation", "Policy", "Sampler", "Scoring"]

@@ -30,7 +30,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     )
     if summary["given_up"]:
         table.add_row(
-            "given up", f"{summary['given_up']} prompts still have fewer images than k_min; the report says why"
+            "given up", f"{summary['given_up']} prompts still have fewer images than k_min; the report names them"
         )
     table.add_row(
         "verdicts",

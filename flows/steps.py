@@ -68,12 +68,19 @@ def judging(store: str, scoring: Scoring, fingerprint: str, policy: Policy) -> t
 
 @step(name="plan")
 def plan(
-    store: str, manifest: ManifestRef, run: str, recipe: Recipe, candidates: int, policy: Policy, **sizes: Any
+    store: str,
+    manifest: ManifestRef,
+    run: str,
+    recipe: Recipe,
+    candidates: int,
+    policy: Policy,
+    budget: Budget,
+    **sizes: Any,
 ) -> PlanRef:
     from tasks.engines.models import ModelFolder, check_recipe, locate
     from tasks.plan import check_promises, plan
 
-    check_promises(Store(store), manifest, candidates, policy)
+    check_promises(Store(store), manifest, candidates, policy, budget.candidates)
     folder = ModelFolder(locate(recipe.model))
     return plan(Store(store), manifest, run, recipe, candidates, check=lambda r: check_recipe(r, folder), **sizes)
 
@@ -127,6 +134,7 @@ def top_up(
     recipe: Recipe,
     candidates: int,
     so_far: PlanRef,
+    made: int,
     seconds: float,
     *,
     fingerprint: str,
@@ -141,7 +149,7 @@ def top_up(
     def plan_round(number: int, more: Any) -> PlanRef:
         return plan(Store(store), manifest, so_far.run, recipe, candidates, round=number, more=more, **sizes)
 
-    return next_round(Store(store), so_far, manifest, fingerprint, policy, judging, budget, seconds, plan_round)
+    return next_round(Store(store), so_far, manifest, fingerprint, policy, judging, budget, made, seconds, plan_round)
 
 
 @step(name="select")
@@ -190,7 +198,7 @@ def report(
 ) -> str:
     """Write the HTML report and the summary that Prefect shows; returns where the report is.
 
-    A run started again that made nothing new keeps the report of the run that did.
+    A run started again that released nothing new keeps the report it has.
     """
     from prefect.artifacts import create_markdown_artifact
 
@@ -199,7 +207,7 @@ def report(
     place = Store(store)
     facts = {"This run": {title.replace("_", " "): value for title, value in summary.items() if value is not None}}
     key = layout.report(selection.run)
-    if summary["made"] or not place.exists(key):
+    if released is None or released.new or not place.exists(key):
         write_report(
             place, selection, plan, manifest, name=name, policy=policy, release=released, lift=lift, facts=facts
         )

@@ -1,6 +1,7 @@
 """What decides on a candidate besides its raw cosine: the form of score it is compared by, the safety gate, better near copies."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,10 +13,11 @@ from tasks.references import PlanRef, ShardRef
 from tasks.score import read_form
 from tasks.scorers.forms import Form
 from tasks.selection import Policy
+from tasks.selection.columns import GATES
 from tasks.store import Store, layout
 from tasks.store.shards import read_index, read_scores
 
-GATES = ("error", "degenerate", "unsafe")
+THREADS = 16  # objects read at once: a remote store takes tens of milliseconds for each
 
 
 @dataclass(frozen=True)
@@ -73,25 +75,36 @@ def further_facts(
 
     Near copies are looked for here, among all candidates of the plan. Raises GateError, Missing, CorruptObject.
     """
-    looks_for_copies = bool(policy.duplicate_cosine) or policy.duplicate_bits >= 0
-    duplicates = _duplicates(store, plan, fingerprint, policy, judging) if looks_for_copies else None
+    copies = near_copies(store, plan, fingerprint, policy, judging)
 
     def more(shard: ShardRef, rows: pl.DataFrame) -> pl.DataFrame:
         rows = _with_judgements(store, shard, rows, fingerprint, judging)
-        if duplicates is None:
+        if shard.orders not in copies:
             return rows
-        return rows.with_columns(duplicate=pl.col("candidate_id").is_in(duplicates.implode()))
+        return rows.with_columns(duplicate=pl.col("candidate_id").is_in(copies[shard.orders].implode()))
 
     return more
 
 
-def _duplicates(store: Store, plan: PlanRef, fingerprint: str, policy: Policy, judging: Judging) -> pl.Series:
-    """The ids of the candidates of which a better near copy could be accepted."""
-    rows = pl.concat(read_candidates(store, shard, fingerprint, judging) for shard in plan.shards)
+def near_copies(
+    store: Store, plan: PlanRef, fingerprint: str, policy: Policy, judging: Judging
+) -> dict[str, pl.Series]:
+    """The ids of the candidates of which a better near copy could be accepted, by the key of their shard's orders.
+
+    Nothing where the policy does not look for them. Raises GateError, Missing, CorruptObject.
+    """
+    if not policy.duplicate_cosine and policy.duplicate_bits < 0:
+        return {}
+    with ThreadPoolExecutor(THREADS) as threads:
+        read = threads.map(lambda shard: read_candidates(store, shard, fingerprint, judging), plan.shards)
+        rows = pl.concat(
+            frame.with_columns(orders=pl.lit(shard.orders)) for frame, shard in zip(read, plan.shards, strict=True)
+        )
     gated = pl.any_horizontal(pl.col(GATES).is_not_null())
     # else a copy below the floor, with a better score of another form, would take a good one out
     rows = rows.with_columns(out=gated | (pl.col("cosine").cast(pl.Float64) < policy.floor).fill_null(True))
     distinct = dict.fromkeys(shard.shard for shard in plan.shards)
     embeddings = (store.read_frame(layout.scores(fingerprint, s), ["candidate_id", "embedding"]) for s in distinct)
     found = find_duplicates(rows, embeddings, policy.duplicate_cosine, policy.duplicate_bits)
-    return rows.filter(found["duplicate"])["candidate_id"]
+    copies = rows.filter(found["duplicate"])
+    return {part["orders"][0]: part["candidate_id"] for part in copies.partition_by("orders")}

@@ -146,10 +146,12 @@ def measure_lift(store: Store, selection: Selection, plan: PlanRef, judge: str |
 
 
 def require_lift(lift: Lift, on_no_lift: Literal["warn", "fail"]) -> None:
-    """Raise LiftError where the filter selects noise and the run was told to fail then."""
-    if on_no_lift == "fail" and lift.warning:
+    """Raise LiftError where the filter selects noise, or that cannot be told, and the run was told to fail then."""
+    untold = "Whether the filter helps cannot be told: too few prompts, or nothing was accepted or rejected"
+    shown = lift.judge is not None and lift.judge.distinguishable is True
+    if on_no_lift == "fail" and not shown:
         raise LiftError(
-            f"{lift.warning}. Nothing is released, as on_no_lift is 'fail'; the ledger is kept. Try another scorer, more "
+            f"{lift.warning or untold}. Nothing is released, as on_no_lift is 'fail'; the ledger is kept. Try another scorer, more "
             "candidates per prompt, or set on_no_lift to 'warn'"
         )
 

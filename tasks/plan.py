@@ -32,6 +32,10 @@ EDITION_STRIDE = 100_000  # more candidates than a prompt may have in all rounds
 KEY_DIGITS = 12  # of the content's digest, in the name of an orders file
 
 
+class PlanTooLarge(DarkroomError):
+    """The manifest asks for more candidates than the run may make."""
+
+
 class PlanConflict(DarkroomError):
     """The run has a committed plan, but for something else than what is asked now."""
 
@@ -95,11 +99,21 @@ def plan(
     return _plan_ref(committed)
 
 
-def check_promises(store: Store, manifest: ManifestRef, n_candidates: int, policy: Policy) -> None:
-    """Raises SelectionError where no scores at all could keep what the policy promises for these prompts."""
+def check_promises(
+    store: Store, manifest: ManifestRef, n_candidates: int, policy: Policy, most_candidates: int = 0
+) -> None:
+    """Raises SelectionError where no scores at all could keep what the policy promises for these prompts, and PlanTooLarge
+    where they ask for more than `most_candidates` (0: no limit)."""
     columns = ["prompt_id", "stratum", "n_candidates", "k_min", "k_max"]
     prompts = store.read_frame(layout.manifest(manifest.sha256), columns)
-    check_quotas(prompts.with_columns(n=pl.col("n_candidates").fill_null(n_candidates)), policy)
+    prompts = prompts.with_columns(n=pl.col("n_candidates").fill_null(n_candidates))
+    wanted = prompts.select(pl.col("n").cast(pl.Int64).sum()).item()
+    if most_candidates and wanted > most_candidates:
+        raise PlanTooLarge(
+            f"{manifest.prompts} prompts ask for {wanted} candidates in the first round, but the run may make {most_candidates}: "
+            "ask for fewer per prompt, or raise the limit"
+        )
+    check_quotas(prompts, policy)
 
 
 def load_plan(store: Store, run: str, round: int = 0) -> PlanRef:

@@ -94,3 +94,4 @@ class ReleaseRef:
     version: int
     rows: int
     files: tuple[str, ...]  # keys
+    new: bool = field(default=False, compare=False)  # committed by this very call, not found

@@ -6,7 +6,7 @@ so a writer that was killed writes the same files again.
 """
 
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def release(
         "rows": rows.height,
         "files": [asdict(file) for file in files],
     }
-    return _reference(name, snapshots.commit(store, folder, version, snapshot))
+    return replace(_reference(name, snapshots.commit(store, folder, version, snapshot)), new=True)
 
 
 def _lost(store: Store, name: str, snapshot: dict[str, Any]) -> list[str]:

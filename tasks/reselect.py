@@ -14,7 +14,7 @@ from typing import Any
 from tasks.diff import Difference, differences
 from tasks.errors import DarkroomError
 from tasks.judging import further_facts, judging_of
-from tasks.lift import Lift, in_words, measure_lift
+from tasks.lift import Lift, LiftError, in_words, measure_lift, require_lift
 from tasks.lineage import Events, record_images
 from tasks.references import ManifestRef, PlanRef, ReleaseRef, Selection, ShardRef
 from tasks.release import ReleaseError, check_name, release
@@ -77,14 +77,15 @@ def reselect(store: Store, run: str, changes: Mapping[str, Any], name: str | Non
         shown = {"name": dataset, "policy": policy, "facts": facts, "lift": lift}
         with events.step("release", inputs=[selection.ledger]) as event:
             try:
+                require_lift(lift, asked.get("on_no_lift", "warn"))
                 released = release(store, dataset, selection, plan, manifest)
-            except ReleaseError:  # nothing to release: the report shows why
+            except (ReleaseError, LiftError):  # the report shows why
                 write_report(store, selection, plan, manifest, **shown)
                 raise
             event.outputs += released.files
         with events.step("lineage", inputs=[selection.ledger], outputs=[layout.lineage_images(run)]):
             record_images(store, selection, plan, manifest, released)
-    if not store.exists(layout.report(run)):
+    if released.new or not store.exists(layout.report(run)):
         write_report(store, selection, plan, manifest, **shown, release=released)
     return Reselected(run, first, changed, manifest, plan, selection, lift, released, layout.report(run))
 

@@ -77,7 +77,9 @@ def judge_run(
     with pq.ParquetWriter(ledger, tables.LEDGER.schema, compression="zstd") as writer:
         for rows in _in_manifest_order(shards, rows_of, columns.prompt, decision):
             rows = rows.with_columns(stratum=prompts["stratum"][rows["prompt"]])
-            rows = rows.with_columns(policy=pl.lit(policy.digest), scorer=pl.lit(fingerprint), score=pl.col("cosine"))
+            compared = pl.col("score" if "score" in rows.columns else "cosine")
+            rows = rows.with_columns(policy=pl.lit(policy.digest), scorer=pl.lit(fingerprint), compared=compared)
+            rows = rows.with_columns(score=pl.col("cosine"))
             writer.write_table(tables.LEDGER.conform(rows.select(tables.LEDGER.names)))
             counted.add(rows)
     key = layout.ledger(plan.run)

@@ -228,11 +228,12 @@ FORMS = Table(
 
 LEDGER = Table(
     "ledger",
-    1,
+    2,
     _columns(
         _IDENTITY,
         Column("stratum", pa.string(), "the group its prompt belongs to"),
         Column("score", pa.float32(), "the scorer's raw cosine; null: not scored", True),
+        Column("compared", pa.float32(), "the form of the score that was compared; null: not scored", True),
         Column(
             "rank_score",
             pa.int64(),

@@ -1,6 +1,7 @@
 """Top-up rounds: prompts that still lack images get more candidates, as many as they need and no more than may be spent.
 
-A candidate is eligible where an image of it exists, no gate holds it, and its raw cosine reaches the floor; the best k_min
+A candidate is eligible where an image of it exists, no gate holds it, its raw cosine reaches the floor and it is no near copy
+of a better one; the best k_min
 eligible ones of a prompt are accepted in any case, so a prompt lacks k_min − eligible images. How many more candidates that
 takes follows from what its candidates so far came to. Its acceptance p has the posterior Beta(a, b),
 
@@ -16,6 +17,7 @@ Where even the upper 95 % bound of the acceptance (Wilson 1927, one-sided) is be
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,10 +26,11 @@ from pydantic import BaseModel, Field, model_validator
 
 from tasks import tables
 from tasks.errors import DarkroomError
-from tasks.judging import GATES, Judging, read_candidates
+from tasks.judging import Judging, near_copies, read_candidates
 from tasks.plan import load_plan
 from tasks.references import ManifestRef, PlanRef, ShardRef
-from tasks.select import Policy
+from tasks.select import THREADS, Policy
+from tasks.selection.columns import GATES
 from tasks.store import Store, layout
 
 PRIOR = 4.0  # s: candidates of its own that a prompt needs to count as much as its stratum
@@ -65,9 +68,12 @@ class Budget(BaseModel, frozen=True):
             )
         return self
 
-    def affordable(self, made: int, seconds: float) -> int | None:
-        """How many more candidates may be made after `made` ones took so many seconds; None: as many as are wanted."""
-        left: list[float] = [self.candidates - made] if self.candidates else []
+    def affordable(self, planned: int, made: int, seconds: float) -> int | None:
+        """How many more candidates may be made after `planned` ones; None: as many as are wanted.
+
+        Of those, `made` were made by this start of the run, in so many seconds; what an earlier start spent is not known.
+        """
+        left: list[float] = [self.candidates - planned] if self.candidates else []
         limits = [self.gpu_seconds] if self.gpu_seconds else []
         if self.money:
             limits.append(self.money / self.price * 3600)
@@ -173,12 +179,13 @@ def next_round(
     policy: Policy,
     judging: Judging,
     budget: Budget,
+    made: int,
     seconds: float,
     plan_round: Callable[[int, pl.DataFrame], PlanRef],
 ) -> tuple[PlanRef | None, int]:
     """The plan of the next top-up round, or None where there is to be none; and how many prompts were then given up.
 
-    `so_far`: all rounds that were made and scored, which took `seconds` of generation. `plan_round` is called with the round's
+    `so_far`: all rounds, made and scored; `made` images now, in `seconds` of generation. `plan_round` is called with the round's
     number and its prompts (`TopUp.more`). A round that is committed stands, and a run that is judged gets no further one, so
     a run started again comes to the same. Prompts given up are written to `runs/<run>/given_up.parquet`.
     """
@@ -187,17 +194,17 @@ def next_round(
         return load_plan(store, run, number), 0
     if store.exists(layout.given_up(run)):
         return None, store.read_table(layout.given_up(run), ["prompt_id"]).num_rows
-    if store.exists(layout.ledger(run)) or not _has_quotas(store, manifest, policy):
+    if store.exists(layout.ledger(run)) or not _has_k_min(store, manifest, policy):
         return None, 0
     stand = standing(store, so_far, manifest, fingerprint, policy, judging)
     if number <= budget.rounds:
-        round = top_up(stand, budget, budget.affordable(so_far.candidates, seconds))
+        round = top_up(stand, budget, budget.affordable(so_far.candidates, made, seconds))
         if round.more.height:
             return plan_round(number, round.more), 0
-    return None, record_given_up(store, run, stand, budget, budget.affordable(so_far.candidates, seconds))
+    return None, record_given_up(store, run, stand, budget, budget.affordable(so_far.candidates, made, seconds))
 
 
-def _has_quotas(store: Store, manifest: ManifestRef, policy: Policy) -> bool:
+def _has_k_min(store: Store, manifest: ManifestRef, policy: Policy) -> bool:
     own = store.read_frame(layout.manifest(manifest.sha256), ["k_min"])["k_min"]
     return bool(policy.k_min or own.fill_null(0).max())
 
@@ -216,7 +223,13 @@ def standing(
     score, eligible or not; null: none has an image), score (its raw cosine). Raises Missing, CorruptObject.
     """
     prompts = store.read_frame(layout.manifest(manifest.sha256), ["prompt_id", "stratum", "k_min"])
-    counted = pl.concat([_counted(store, shard, fingerprint, policy.floor, judging) for shard in plan.shards])
+    copies = near_copies(store, plan, fingerprint, policy, judging)
+
+    def counted_of(shard: ShardRef) -> pl.DataFrame:
+        return _counted(store, shard, fingerprint, policy.floor, judging, copies.get(shard.orders))
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        counted = pl.concat(threads.map(counted_of, plan.shards))
     by_prompt = counted.group_by("prompt_id").agg(
         pl.col("made", "eligible").sum(), pl.col("best", "score").sort_by("score", "best", descending=True).first()
     )
@@ -225,8 +238,13 @@ def standing(
     )
 
 
-def _counted(store: Store, shard: ShardRef, fingerprint: str, floor: float, judging: Judging) -> pl.DataFrame:
+def _counted(
+    store: Store, shard: ShardRef, fingerprint: str, floor: float, judging: Judging, copies: pl.Series | None = None
+) -> pl.DataFrame:
+    """A row a prompt of the shard: made, eligible (without `copies`, ids of near copies), best, score."""
     usable = pl.all_horizontal(pl.col(GATES).is_null())
+    if copies is not None:
+        usable &= ~pl.col("candidate_id").is_in(copies.implode())
     return (
         read_candidates(store, shard, fingerprint, judging)
         .with_columns(eligible=usable & (pl.col("cosine").cast(pl.Float64) >= floor).fill_null(False))
@@ -253,12 +271,23 @@ def check_canary(
         pl.col("made", "eligible").sum(), pl.max("score")
     )
     made, eligible, best = counted.row(0)
-    if 1 - eligible / made > budget.canary:
+    limit = min(budget.canary, policy.band_high)
+    # the lower bound of the share that is lost: a few unlucky prompts are no reason to stop
+    surely = 1 - counted.select(wilson_upper(pl.col("eligible"), pl.col("made"))).item()
+    if surely > limit:
         raise CanaryDied(
-            f"of the first {made} candidates, {made - eligible} are below the floor {policy.floor} or gated, more than "
-            f"{budget.canary:.0%}; the best score is {best}. The run stopped before it made the others: look at the "
-            "prompts, the model and the floor (`darkroom calibrate` measures one), or raise the canary's limit"
+            f"of the first {made} candidates, {made - eligible} are below the floor {policy.floor} or gated: surely more than "
+            f"the {limit:.0%} that the canary's limit and the band allow; the best score is {best}. The run stopped before it "
+            "made the others: look at the prompts, the model and the floor (`darkroom calibrate` measures one), or raise the "
+            "limit (--canary, --band-high)"
         )
+
+
+def canary_shard(plan: PlanRef) -> ShardRef | None:
+    """The shard that is made and judged before the others: the first new one of a fair size, if others depend on it."""
+    new = [shard for shard in plan.shards if not shard.reused] if plan.round == 0 else []
+    fair = max((shard.candidates for shard in new), default=0) / 2
+    return next((shard for shard in new if shard.candidates >= fair), None) if len(new) > 1 else None
 
 
 def record_given_up(

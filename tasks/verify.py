@@ -20,6 +20,7 @@ from tasks import tables
 from tasks.errors import DarkroomError
 from tasks.identity import sha256
 from tasks.ingest import content_digest
+from tasks.judging import judging_of
 from tasks.references import ShardRef
 from tasks.runs import finished_runs, load_recipe, load_run
 from tasks.store import Missing, Store, StoreError, images, layout, snapshots
@@ -34,7 +35,10 @@ RELEASE_AGAIN = (
 LOST = "start the run again with the same command: what was lost is written again"
 RESTORE = "restore it from a backup of the store"
 AGAIN = "delete it and start the run again with the same command: it is made anew"
-PLAN_AGAIN = "delete the plan.json beside it and start the run again with the same command: both are made anew"
+PLAN_AGAIN = (
+    "delete the plan.json beside it and those of later rounds, and the run's given_up.parquet and ledger.parquet; then start "
+    "the run again with the same command: they are made anew (a run selected from another one: select again)"
+)
 
 
 @dataclass(frozen=True)
@@ -190,6 +194,7 @@ def _check_run(store: Store, run: str, report: Report) -> None:
             with report.about(layout.scorer(scorer), RESTORE):
                 store.read_json(layout.scorer(scorer))
         planned = _check_plan(store, run, ledger, report)
+        _check_judgements(store, run, ledger, report)
         _compare(report, key, "its plan asks for", planned, "it judges", set(ledger["candidate_id"]), AGAIN)
         _check_lineage(store, run, ledger, report)
 
@@ -243,6 +248,28 @@ def _check_scores(store: Store, key: str, ids: set[str], ledger: pl.DataFrame, r
         wrong = both.filter(pl.col("score") != pl.col("cosine"))["candidate_id"].to_list()
         if wrong:
             report.say(key, f"has other scores than the ledger for {_some(wrong)}", AGAIN)
+
+
+def _check_judgements(store: Store, run: str, ledger: pl.DataFrame, report: Report) -> None:
+    """What else the run judged by is there: the form of each score, and the safety gate's word on each image."""
+    judging = judging_of(load_run(store, run)["asked"])
+    shards = ledger.with_columns(shard=pl.col("part").str.split("/").list.get(2)).partition_by("shard", as_dict=True)
+    for (shard,), rows in shards.items():
+        if judging.calibration:
+            key = layout.forms(rows["scorer"][0], judging.calibration, shard)
+            with report.about(key, AGAIN):
+                forms = store.read_frame(key, ["candidate_id", judging.form])
+                both = rows.drop_nulls("compared").join(forms, on="candidate_id", how="left")
+                if not both["compared"].equals(both[judging.form].cast(pl.Float32)):
+                    report.say(key, "has other scores than the ledger", AGAIN)
+        if judging.safety:
+            key = layout.safety(judging.safety, shard)
+            with report.about(key, AGAIN):
+                found = store.read_frame(key, ["candidate_id", "unsafe"]).drop_nulls("unsafe")
+                judged = rows.filter(~pl.col("verdict").is_in(["error", "degenerate"]))
+                unsafe = judged.filter(pl.col("verdict") == "unsafe")["candidate_id"].sort()
+                if not found.join(judged, on="candidate_id", how="semi")["candidate_id"].sort().equals(unsafe):
+                    report.say(key, "finds other images unsafe than the ledger", AGAIN)
 
 
 def _check_lineage(store: Store, run: str, ledger: pl.DataFrame, report: Report) -> None:

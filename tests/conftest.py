@@ -11,8 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tasks.store import Store
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("darkroom", deadline=None)
+settings.load_profile("darkroom")
 
 BUCKET = "darkroom"
 STARTUP_S = 60

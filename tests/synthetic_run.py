@@ -212,6 +212,7 @@ def _write_ledger(
             ),
             rank_score=pl.when(pl.col("verdict").is_null()).then((pl.col("score") * 10_000).round().cast(pl.Int64)),
             policy=pl.lit(policy.digest),
+            compared=pl.col("score"),
         )
         .with_columns(
             reason=pl.coalesce(

@@ -1,6 +1,7 @@
 """The numbers a report shows, computed from the ledger alone."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +51,14 @@ def asked(policy: Policy) -> str:
     return percent(float(policy.rate)) if policy.mode == "rate" else "all above the floor"
 
 
-def promises(policy: Policy) -> list[str]:
-    """The policy in words, a sentence each."""
+FORMS = {
+    "corrected": "Compare images by their cosine, corrected for what their prompt's text adds to any image.",
+    "contrastive": "Compare images by how much better they fit their own prompt than others (contrastive form).",
+}
+
+
+def promises(policy: Policy, asked: Mapping[str, Any] | None = None) -> list[str]:
+    """The policy in words, a sentence each; with what the run was `asked` besides, its form of score and its safety gate."""
     sentences = {
         "rate": [f"Reject {percent(float(policy.rate))} of the images that can be judged, exactly."],
         "count": [f"Accept {policy.count:,} images, exactly."],
@@ -74,6 +81,16 @@ def promises(policy: Policy) -> list[str]:
     else:
         own, others = percent(policy.blend), percent(1 - policy.blend)
         sentences.append(f"Compare images {own} within their own prompt, {others} across all prompts.")
+    if form := (asked or {}).get("form"):
+        sentences.append(FORMS[form])
+    if (asked or {}).get("safety"):
+        sentences.append("Leave out what the safety gate finds.")
+    if policy.duplicate_cosine:
+        sentences.append(f"Keep the best of images of a prompt with a cosine of {policy.duplicate_cosine} or more.")
+    if policy.duplicate_bits >= 0:
+        sentences.append(
+            f"Keep the best of images whose perceptual hashes differ in {policy.duplicate_bits} bits or fewer."
+        )
     if policy.band_low > 0 or policy.band_high < 1:
         low, high = percent(policy.band_low), percent(policy.band_high)
         sentences.append(f"Fail where the rejection rate leaves {low} to {high}.")

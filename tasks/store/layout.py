@@ -117,7 +117,7 @@ def calibration_prompts(fingerprint: str, digest: str, content: str) -> str:
 
 def forms(fingerprint: str, digest: str, shard: str) -> str:
     """The forms of a shard's scores that follow from a calibration."""
-    return f"calibrations/scorer={fingerprint}/{digest}/forms/{shard}.parquet"
+    return f"forms/scorer={fingerprint}/calibration={digest}/{shard}.parquet"
 
 
 def dataset(name: str) -> str:

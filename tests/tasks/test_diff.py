@@ -154,7 +154,7 @@ FATES = [
 ledgers = st.dictionaries(st.integers(0, 11), st.tuples(st.sampled_from(FATES), st.sampled_from("xy")), max_size=12)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(a=ledgers, b=ledgers)
 def test_any_two_ledgers_agree_with_the_slow_reference(a: dict, b: dict) -> None:
     """The number of a candidate decides its prompt, and that its stratum; pixels may differ between the two."""

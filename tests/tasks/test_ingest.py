@@ -130,7 +130,7 @@ def test_prompts_that_only_look_different_are_one(tmp_path, store):
     assert snapshot(store, ref).select("prompt", "row", "who").rows() == [("café au lait", 0, "first")]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.none() | st.text() | st.text(" ab\t\u00a0é\u0301e", max_size=6)))
 def test_only_untidy_texts_are_rewritten_and_all_of_them(texts):
     def tidied(text: str) -> str:  # white space is what Unicode calls so: Python also takes U+001C to U+001F for it
@@ -471,7 +471,7 @@ ROW = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(ROW, min_size=1, max_size=12), st.integers(0, 12))
 def test_quarantine_loses_nothing_however_the_rows_are_split_into_files(rows, cut):
     store = Store(f"memory://{uuid.uuid4().hex}")

@@ -269,7 +269,7 @@ def test_another_batch_size_makes_shards_of_its_own(store):
 COUNTS = st.lists(st.integers(1, 5), min_size=1, max_size=6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(COUNTS, COUNTS, st.integers(1, 7), st.integers(1, 3), st.randoms(use_true_random=False), st.integers(1, 9))
 def test_every_candidate_is_wanted_once_and_what_exists_is_never_made(before, now, shard_size, batch, random, piece):
     store = new_store()

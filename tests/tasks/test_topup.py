@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks import tables
+from tasks.judging import Judging, near_copies
+from tasks.references import PlanRef, ShardRef
 from tasks.select import Policy
 from tasks.store import Store, layout
 from tasks.topup import (
@@ -16,6 +18,7 @@ from tasks.topup import (
     Budget,
     CanaryDied,
     beta_binomial_tail,
+    canary_shard,
     candidates_needed,
     check_canary,
     record_given_up,
@@ -127,11 +130,13 @@ def test_what_cannot_be_afforded_is_named() -> None:
 
 
 def test_limits_of_time_and_money_become_candidates() -> None:
-    assert Budget().affordable(1000, 500) is None
-    assert Budget(candidates=1200).affordable(1000, 500) == 200
-    assert Budget(gpu_seconds=600).affordable(1000, 500) == 200  # half a second each
-    assert Budget(money=1, price=6).affordable(1000, 500) == 200  # 600 s for 1
-    assert Budget(candidates=2000, gpu_seconds=400).affordable(1000, 500) == 0
+    assert Budget().affordable(1000, 1000, 500) is None
+    assert Budget(candidates=1200).affordable(1000, 10, 5) == 200
+    assert (
+        Budget(gpu_seconds=600).affordable(5000, 1000, 500) == 200
+    )  # half a second each, whatever was found in the store
+    assert Budget(money=1, price=6).affordable(1000, 1000, 500) == 200  # 600 s for 1
+    assert Budget(candidates=2000, gpu_seconds=400).affordable(1000, 1000, 500) == 0
     with pytest.raises(ValueError, match="without a price"):
         Budget(money=1)
 
@@ -168,11 +173,42 @@ def test_who_still_lacks_images_is_recorded_with_the_best_one(tmp_path) -> None:
     assert set(rows["reason"]) == {"prompt_cap"} and rows["best"].null_count() == 0
 
 
-def test_a_dead_canary_says_what_it_saw(tmp_path) -> None:
+def test_near_copies_do_not_count(tmp_path) -> None:
     made = synthetic_run(Store(tmp_path), prompts=6, candidates=5)
+    policy = Policy(k_min=3, duplicate_cosine=0.01)
+    copies = near_copies(made.store, made.plan, made.scorer, policy, Judging())
+    assert copies
+    fallen = pl.concat([pl.Series("candidate_id", ids, pl.String) for ids in copies.values()])
+    plain = standing(made.store, made.plan, made.manifest, made.scorer, Policy(k_min=3))
+    without = standing(made.store, made.plan, made.manifest, made.scorer, policy)
+    assert plain["eligible"].sum() - without["eligible"].sum() == len(fallen)
+
+
+def test_a_dead_canary_says_what_it_saw(tmp_path) -> None:
+    made = synthetic_run(Store(tmp_path), prompts=12, candidates=5, shard_size=60)
     shard = made.plan.shards[0]
     check_canary(made.store, shard, made.scorer, Policy(), Budget())
     with pytest.raises(
-        CanaryDied, match=r"of the first \d candidates, \d are below the floor 0.99 or gated, more than 95%"
+        CanaryDied, match=r"of the first 60 candidates, 60 are below the floor 0.99 or gated: surely more"
     ):
         check_canary(made.store, shard, made.scorer, Policy(floor=0.99), Budget())
+    scores = made.store.read_frame(layout.scores(made.scorer, shard.shard), ["cosine"])["cosine"].drop_nulls()
+    strict = Policy(floor=float(scores.quantile(0.9)))  # type: ignore[arg-type]
+    check_canary(made.store, shard, made.scorer, strict, Budget())
+    with pytest.raises(CanaryDied, match="band"):
+        check_canary(made.store, shard, made.scorer, strict.model_copy(update={"band_high": 0.7}), Budget())
+
+
+def test_a_few_unlucky_images_do_not_stop_a_run(tmp_path) -> None:
+    made = synthetic_run(Store(tmp_path), prompts=2, candidates=4)
+    check_canary(made.store, made.plan.shards[0], made.scorer, Policy(floor=0.99), Budget())
+
+
+def test_the_canary_is_a_new_shard_of_a_fair_size() -> None:
+    old, small, fair, full = (
+        ShardRef("r", name, name, n, reused) for name, n, reused in
+        [("old", 128, True), ("small", 5, False), ("fair", 125, False), ("full", 128, False)]
+    )  # fmt: skip
+    assert canary_shard(PlanRef("run", 0, (old, small, fair, full))) == fair
+    assert canary_shard(PlanRef("run", 0, (old, full))) is None  # nothing would be saved
+    assert canary_shard(PlanRef("run", 1, (fair, full))) is None

@@ -31,7 +31,7 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_file(str(FILE))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(TEXTS)
 def test_words_add_up_to_the_text(tokenizer, texts):
     def count(texts: list[str]) -> list[int]:
@@ -40,7 +40,7 @@ def test_words_add_up_to_the_text(tokenizer, texts):
     assert wordwise(tokenizer, count)(texts) == count(texts)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(TEXTS, st.sampled_from(sorted(_CLEANERS)))
 def test_words_of_plain_texts_add_up_where_texts_are_cleaned_first(tokenizer, texts, cleaning):
     def count(texts: list[str]) -> list[int]:

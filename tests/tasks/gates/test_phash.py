@@ -78,7 +78,7 @@ def test_colours_count(other: tuple[str, str]) -> None:
     assert distance(one, two) > 2
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(arrays.arrays(np.uint8, st.tuples(st.integers(1, 70), st.integers(1, 70), st.just(3))))
 def test_any_image_has_a_hash_of_64_bits(pixels: np.ndarray) -> None:
     value = perceptual_hash(pixels)

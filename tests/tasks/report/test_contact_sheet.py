@@ -42,7 +42,7 @@ def test_rows_and_columns(count):
     assert sheet.height == 2 * MARGIN + rows * one + max(0, rows - 1) * 14
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.text(max_size=300))
 def test_any_caption_can_be_drawn(caption):
     pixels = np.full((8, 8, 3), 200, np.uint8)

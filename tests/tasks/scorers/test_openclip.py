@@ -166,9 +166,11 @@ def test_the_default_tokenizer_never_stands_in_for_the_models_own(folder: Path) 
 
 # --- tokens ------------------------------------------------------------------------------------------------------------
 
+# Without code points that Python 3.11 does not know yet: newer Unicode makes letters of some, older libraries do not.
+KNOWN = st.characters(exclude_categories=["Cs", "Cn"])
 TEXT = st.lists(
     st.one_of(
-        st.text(max_size=12),
+        st.text(KNOWN, max_size=12),
         st.sampled_from(["photo", "it's", "naïve", "日本語", "&amp;amp;", "<start_of_text>", "ﬁ", "İ", "x_y", "4 1/2"]),
     ),
     max_size=8,
@@ -176,7 +178,7 @@ TEXT = st.lists(
 
 
 @given(TEXT)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_tokens_are_those_open_clip_counts(text: str) -> None:
     from open_clip.tokenizer import _tokenizer
 
@@ -184,7 +186,7 @@ def test_tokens_are_those_open_clip_counts(text: str) -> None:
 
 
 @given(TEXT)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_tokens_are_those_of_the_models_own_tokenizer(scorer: OpenClipScorer, text: str) -> None:
     own = scorer._tokenize
     assert scorer.count_tokens([text]) == [len(own.tokenizer(own.clean_fn(text)).input_ids)]

@@ -91,7 +91,7 @@ def offers(error: SelectionError, policy: Policy) -> list[Policy]:
 
 
 @given(candidates(), policies(), st.sampled_from([0, 1, 2]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_number_that_is_offered_works(rows: pl.DataFrame, policy: Policy, k_min: int) -> None:
     rows = rows.with_columns(k_min=pl.lit(k_min), k_max=pl.lit(None, pl.Int32))
     policy = policy.model_copy(update={"k_max": 0})
@@ -156,7 +156,7 @@ def plans(draw: st.DrawFn) -> pl.DataFrame:
 
 
 @given(plans(), policies())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_the_plan_is_refused_just_where_perfect_images_could_not_make_it_right(
     prompts: pl.DataFrame, policy: Policy
 ) -> None:
@@ -205,7 +205,7 @@ def test_the_order_of_quotas_does_not_change_the_policy():
 
 
 @given(st.integers(1, 400), st.lists(st.fractions(0, 1, max_denominator=50), min_size=1, max_size=4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_each_share_is_exact_to_less_than_one_image(count: int, shares: list[Fraction]) -> None:
     total = max(sum(shares), Fraction(1))
     quotas = {f"s{n}": str(share / total) for n, share in enumerate(shares)}

@@ -109,7 +109,7 @@ def policies(draw: st.DrawFn) -> Policy:
 
 
 @given(candidates(), policies(), st.text(max_size=4))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_agrees_with_the_slow_reference_and_keeps_its_promises(rows: pl.DataFrame, policy: Policy, salt: str) -> None:
     try:
         result = select(rows, policy, salt)
@@ -154,7 +154,7 @@ def test_agrees_with_the_slow_reference_and_keeps_its_promises(rows: pl.DataFram
 
 
 @given(candidates(), policies(), st.randoms(use_true_random=False), st.integers(1, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_order_and_chunks_change_nothing(rows: pl.DataFrame, policy: Policy, rng: random.Random, chunks: int) -> None:
     try:
         expected = verdicts(select(rows, policy, "run"))
@@ -168,7 +168,7 @@ def test_order_and_chunks_change_nothing(rows: pl.DataFrame, policy: Policy, rng
 
 
 @given(candidates(), policies(), st.randoms(use_true_random=False), st.integers(1, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_shards_change_nothing(rows: pl.DataFrame, policy: Policy, rng: random.Random, shards: int) -> None:
     """What a run does: prompts first, then shard after shard, ids packed."""
     try:
@@ -190,7 +190,7 @@ def test_shards_change_nothing(rows: pl.DataFrame, policy: Policy, rng: random.R
 
 
 @given(candidates(), policies())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_prompts_that_a_global_cut_would_starve_are_counted(rows: pl.DataFrame, policy: Policy) -> None:
     columns = Columns(policy)
     columns.add(rows)
@@ -258,7 +258,7 @@ def test_number_of_threads_changes_nothing() -> None:
 
 
 @given(st.integers(1, 3000), st.fractions(0, 1, max_denominator=1000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rate_is_exact(n: int, rate: Fraction) -> None:
     rows = frame({f"p{number}": [(number * 37 % 101) / 101] for number in range(n)})
     result = select(rows, Policy(reject=str(rate)), "run")

@@ -44,7 +44,7 @@ def test_pixels_survive_the_file(format: str) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(prompt=TEXT, negative=TEXT)
 def test_facts_survive_whatever_the_prompt_holds(format: str, prompt: str, negative: str) -> None:
     facts = Facts(**{**FACTS, "prompt": prompt, "negative_prompt": negative})
