@@ -16,7 +16,9 @@ import pyarrow.compute as pc
 
 from tasks import tables
 from tasks.errors import DarkroomError
+from tasks.gates.safety import read_margins
 from tasks.identity import ID_LENGTH
+from tasks.judging import judging_of
 from tasks.runs import finished_runs, load_recipe, load_run
 from tasks.store import Store, images, layout, snapshots
 from tasks.store.shards import index_keys, read_index
@@ -42,7 +44,7 @@ def trace(store: Store, id_or_path: str) -> Facts:
     candidate_id, part = found["candidate_id"], found["part"]
     shard = layout.shard_of(part)
     (made,) = read_index(store, found["recipe_id"], shard).filter(pl.col("candidate_id") == candidate_id).to_dicts()
-    verdicts = list(_verdicts(store, candidate_id))
+    verdicts = list(_verdicts(store, candidate_id, shard))
     runs = [verdict["run"] for verdict in verdicts] or [made["run"]]
     return {
         "image": {
@@ -154,21 +156,37 @@ def _find(store: Store, fits: pl.Expr, name: str) -> Facts:
 # --- the way back and on ---------------------------------------------------------------------------------------------
 
 
-def _verdicts(store: Store, candidate_id: str) -> Iterator[Facts]:
-    """What each run decided, and by which policy; `threshold` is the lowest score that run accepted."""
-    columns = ["candidate_id", "verdict", "reason", "score", "rank_score", "stratum", "scorer", "policy"]
+def _verdicts(store: Store, candidate_id: str, shard: str) -> Iterator[Facts]:
+    """What each run decided, and by which policy; `threshold` is the lowest score that run accepted.
+
+    With the form of the score and the safety gate's margins, where the run judged by them.
+    """
+    columns = ["candidate_id", "verdict", "reason", "score", "compared", "rank_score", "stratum", "scorer", "policy"]
 
     def judged(run: str) -> Facts | None:
         ledger = store.read_frame(layout.ledger(run), columns)
         rows = ledger.filter(pl.col("candidate_id") == candidate_id).drop("candidate_id").to_dicts()
-        threshold = ledger.filter(pl.col("verdict") == "accepted")["score"].min()
-        return {"run": run, **rows[0], "threshold": threshold, "policy": _policy(store, run, rows[0])} if rows else None
+        if not rows:
+            return None
+        row, asked = rows[0], load_run(store, run)["asked"]
+        judging = judging_of(asked)
+        compared = row.pop("compared")
+        return {
+            "run": run,
+            **row,
+            "threshold": ledger.filter(pl.col("verdict") == "accepted")["score"].min(),
+            **({judging.form: compared} if judging.form != "cosine" else {}),
+            **({"margins": _margins(store, judging.safety, shard, candidate_id)} if judging.safety else {}),
+            "policy": {"digest": row["policy"], **asked.get("policy", {})},
+        }
 
     return (verdict for verdict in _map(judged, finished_runs(store)) if verdict)
 
 
-def _policy(store: Store, run: str, row: Facts) -> Facts:
-    return {"digest": row["policy"], **load_run(store, run)["asked"].get("policy", {})}
+def _margins(store: Store, gate: str, shard: str, candidate_id: str) -> Facts:
+    """Concept → how much better it fits the image than anything harmless does."""
+    rows = read_margins(store, gate, shard).filter(pl.col("candidate_id") == candidate_id)
+    return rows.drop("candidate_id", "unsafe").to_dicts()[0]
 
 
 def _manifests(store: Store, prompt_id: str, runs: list[str]) -> list[Facts]:

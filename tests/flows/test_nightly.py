@@ -179,6 +179,9 @@ def test_form_floor_gate_and_near_copies_decide_together(first, small_manifest, 
     # the form decides the order, and the raw cosine stands in the ledger
     by_form = place.read_frame(place.list("forms")[0])
     assert by_form["contrastive"].is_not_null().any() and verdicts["score"].max() < 1
+    facts = trace(place, unsafe["candidate_id"][0])["verdicts"]
+    (told,) = (verdict for verdict in facts if verdict["run"] == summary["run"])
+    assert told["contrastive"] is not None and told["margins"]["red circle"] > 0
     again = reselect(place, summary["run"], {"reject": "0.5"})
     judged = ledger(store, again.run)
     assert set(judged.filter(pl.col("verdict") == "unsafe")["candidate_id"]) == set(unsafe["candidate_id"])
