@@ -30,7 +30,7 @@ from tasks.lineage import Events
 from tasks.references import PlanRef, ShardMade, ShardRef, ShardScored
 from tasks.release import ReleaseError, check_name
 from tasks.scorers import ScorerError
-from tasks.store import Store, layout
+from tasks.store import CorruptObject, Store, layout
 from tasks.topup import canary_shard
 
 
@@ -119,8 +119,9 @@ def nightly(
             top_up = partial(steps.top_up, store, snapshot, recipe, generation.candidates, sizes=sizes, **rules)
             plan, made, given_up = in_rounds(plan, make, top_up)
             event.counts.update(made=sum(m.made for m in made), found=sum(m.found for m in made))
+        mend = partial(mend_all, store, plan, recipe, generation.batch_size)
         for shard in judge_sample(plan) if judge else ():
-            steps.score(store, shard, scoring.judge, judge, scoring.batch_size)
+            whole(mend, partial(steps.score, store, shard, scoring.judge, judge, scoring.batch_size))
         with events.step("select", inputs=[layout.plan(run, 0)], outputs=[layout.ledger(run)]) as event:
             selection = steps.select(store, plan, snapshot, scorer, policy, judging)
             event.counts.update(selection.counts)
@@ -129,14 +130,16 @@ def nightly(
         with events.step("release", inputs=[selection.ledger]) as event:
             try:
                 require_lift(lift, scoring.on_no_lift)
-                released = steps.release(store, name, selection, plan, snapshot)
+                released = whole(mend, partial(steps.release, store, name, selection, plan, snapshot))
             except (ReleaseError, LiftError):  # the report shows why
                 steps.report(store, name, selection, None, plan, snapshot, policy, lift, summary)
                 raise
             event.outputs += released.files
         with events.step("lineage", inputs=[selection.ledger], outputs=[layout.lineage_images(run)]):
             steps.lineage(store, selection, plan, snapshot, released)
-        report = steps.report(store, name, selection, released, plan, snapshot, policy, lift, summary)
+        report = whole(
+            mend, partial(steps.report, store, name, selection, released, plan, snapshot, policy, lift, summary)
+        )
 
     return {
         "run": run,
@@ -192,7 +195,7 @@ def generate_and_score(
     """Generate shard after shard, and score each as soon as it is made, while the next one is generated.
 
     The canary's shard goes first and alone: `canary` looks at its scores, and raises where the others would be wasted. A shard
-    that fails does not stop the others; a recipe the engine cannot follow is not tried again. Raises RunIncomplete at the end,
+    found damaged is mended once. One that fails does not stop the others; a recipe the engine cannot follow is not tried again. Raises RunIncomplete at the end,
     ScorerError at once.
     """
     finished: SimpleQueue[tuple[Any, ShardRef, PrefectFuture]] = SimpleQueue()
@@ -201,6 +204,7 @@ def generate_and_score(
     made: list[ShardMade] = []
     failed: list[str] = []
     hopeless: dict[str, str] = {}  # recipe → why
+    mended: set[str] = set()  # shards that were found damaged
     first = canary_shard(plan)
     if first:
         waiting.remove(first)
@@ -225,6 +229,7 @@ def generate_and_score(
             result = future.result(raise_on_failure=False)
             if isinstance(result, EngineError):
                 hopeless[shard.recipe_id] = f"{type(result).__name__}: {result}"
+            damaged = isinstance(result, CorruptObject) and shard.shard not in mended
             if step is steps.generate and not (shard is first and isinstance(result, ShardMade)):
                 start_next_shard()  # never on a score, or two shards would be generated at once
             match result:
@@ -237,9 +242,12 @@ def generate_and_score(
                         canary(shard)
                 case ScorerError() | CalibrationError() | GateError():  # no other shard would fare better
                     raise result
+                case CorruptObject() if damaged:
+                    mended.add(shard.shard)
+                    start(steps.mend, shard, plan.run, recipe, batch_size)
                 case error:
                     failed.append(f"{type(error).__name__}: {error}")
-            if step is steps.score and shard is first:
+            if step is steps.score and shard is first and not damaged:
                 start_next_shard()
     if failed:
         raise RunIncomplete(
@@ -247,6 +255,21 @@ def generate_and_score(
             "kept. Start the same command again: it makes only what is missing"
         )
     return made
+
+
+def whole(mend: Callable[[], None], step: Callable[[], Any]) -> Any:
+    """What `step` comes to; where it meets something damaged, it is done again after mending."""
+    try:
+        return step()
+    except CorruptObject:
+        mend()
+        return step()
+
+
+def mend_all(store: str, plan: PlanRef, recipe: Recipe, batch_size: int) -> None:
+    """Read all images of a plan, and make again those that are damaged."""
+    for shard in plan.shards:
+        steps.mend(store, shard, plan.run, recipe, batch_size)
 
 
 def scheduled_date() -> str:

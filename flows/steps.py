@@ -96,6 +96,15 @@ def generate(store: str, shard: ShardRef, run: str, recipe: Recipe, batch_size: 
     return generate_shard(Store(store), run, shard, opened, batch_size, progress=progress.advance)
 
 
+@step(name="mend", task_run_name="mend {shard.shard}")
+def mend(store: str, shard: ShardRef, run: str, recipe: Recipe, batch_size: int) -> ShardMade:
+    from tasks.engines import open_engine
+    from tasks.generate import mend_shard
+
+    opened = functools.partial(open_engine, recipe.model, recipe.dtype)
+    return mend_shard(Store(store), run, shard, opened, batch_size)
+
+
 @step(name="score", task_run_name="score {shard.shard}")
 def score(
     store: str,

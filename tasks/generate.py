@@ -1,7 +1,7 @@
 """Making the images of a shard, batch by batch, so that killing it costs at most the two batches in flight.
 
 Each batch becomes one part file; the shard's index, written last, makes them visible. Whatever parts a killed process left
-are taken as they are, so starting the same work again goes on where it stopped.
+are taken as they are, so starting the same work again goes on where it stopped. What is damaged later is made again.
 """
 
 import io
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -22,7 +23,7 @@ from tasks.errors import DarkroomError
 from tasks.identity import sha256
 from tasks.references import ShardMade, ShardRef
 from tasks.runs import load_recipe
-from tasks.store import Missing, Store, images, layout, shards
+from tasks.store import CorruptObject, Missing, Store, images, layout, shards
 from tasks.store.objects import parquet_bytes
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ Row = dict[str, Any]
 BLACK_MAX = 8  # the brightest value of all
 CONSTANT_STD = 1.0  # the largest standard deviation of the three channels
 ERROR_LENGTH = 300
+
+
+class NotReproduced(DarkroomError):
+    """What was made again is not what was judged."""
 
 
 def generate_shard(
@@ -65,6 +70,36 @@ def generate_shard(
         # Where another process finished the same shard a moment ago, its index stays; ours said the same.
         store.create(index_key, parquet_bytes(tables.SHARD_INDEX.conform(rows)))
     return _summary(store, shard, [order["candidate_id"] for order in orders], made, time.monotonic() - started)
+
+
+def mend_shard(
+    store: Store,
+    run: str,
+    shard: ShardRef,
+    open_engine: Callable[[int], Engine],
+    batch_size: int,
+    image_format: str = "png",
+) -> ShardMade:
+    """Make those parts of a finished shard again that are lost or damaged; the others are read, and kept as they are.
+
+    `open_engine` is told the batch size. The images come out as they were; the new index says which run made them again. Raises NotReproduced (they do not: other
+    hardware or libraries; the damage is then left as it is), EngineError, Missing and CorruptObject (the index of a shard that
+    another plan made cannot be read).
+    """
+    started = time.monotonic()
+    try:
+        index = shards.read_index(store, shard.recipe_id, shard.shard)
+    except CorruptObject:
+        if shard.reused:
+            raise
+        store.delete(layout.shard_index(shard.recipe_id, shard.shard))
+        return generate_shard(store, run, shard, partial(open_engine, batch_size), batch_size, image_format)
+    work = _Work(store, run, shard, batch_size, image_format)
+    rows, made = work.mend(index, open_engine)
+    if made:
+        store.write(layout.shard_index(shard.recipe_id, shard.shard), parquet_bytes(tables.SHARD_INDEX.conform(rows)))
+    orders = store.read_table(shard.orders, ["candidate_id"])["candidate_id"].to_pylist()
+    return _summary(store, shard, orders, made, time.monotonic() - started)
 
 
 def _summary(store: Store, shard: ShardRef, wanted: list[str], made: list[str], seconds: float) -> ShardMade:
@@ -116,6 +151,23 @@ class _Work:
         index = [row for rows in parts.values() for row in rows or []]
         return index, [order["candidate_id"] for number in missing for order in batches[number]]
 
+    def mend(self, index: pl.DataFrame, open_engine: Callable[[int], Engine]) -> tuple[list[Row], list[str]]:
+        """The rows of the shard's index, and the ids of the candidates whose parts were made again."""
+        rows: list[Row] = []
+        made: list[str] = []
+        parts, engine = index.partition_by("part", maintain_order=True), None
+        for number, indexed in enumerate(parts):
+            there = indexed.to_dicts()
+            if not self._is_whole(number, there[0]["part_sha256"]):
+                engine = engine or open_engine(max(self.batch_size, *map(len, parts)))
+                again = self._make_again(there, engine, load_recipe(self.store, self.shard.recipe_id))
+                self._check_same(there, again)
+                self.store.delete(self._key(number))
+                there = self._put_part(number, again, again)
+                made += [row["candidate_id"] for row in there]
+            rows += there
+        return rows, made
+
     # --- parts -------------------------------------------------------------------------------------------------------
 
     def _key(self, number: int) -> str:
@@ -128,7 +180,7 @@ class _Work:
         except Missing:
             return None
         try:
-            table = pq.ParquetFile(io.BytesIO(data)).read().drop_columns("image")
+            table = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True).read().drop_columns("image")
         except (pa.ArrowException, OSError, KeyError):
             return None
         if table["candidate_id"].to_pylist() != [order["candidate_id"] for order in batch]:
@@ -136,9 +188,13 @@ class _Work:
         return self._index_rows(number, table, sha256(data))
 
     def _make_part(self, number: int, batch: Sequence[Row], engine: Engine, recipe: Recipe) -> list[Row]:
-        rows = self._make(batch, engine, recipe)
+        return self._put_part(number, batch, self._make(batch, engine, recipe))
+
+    def _put_part(self, number: int, batch: Sequence[Row], rows: list[Row]) -> list[Row]:
+        """Write the rows of a batch, and return those of the index."""
         table = tables.CANDIDATES.conform(rows)
-        data = parquet_bytes(table, use_dictionary=False, write_statistics=False)  # few rows, all different
+        # few rows, all different; until the index holds the file's sha256, the pages' own sums tell what is damaged
+        data = parquet_bytes(table, use_dictionary=False, write_statistics=False, write_page_checksum=True)
         if not self.store.create(self._key(number), data):
             # Torn, or cut with another batch size, or made by another process since: only that one is to be kept.
             if there := self._read_part(number, batch):
@@ -148,6 +204,30 @@ class _Work:
 
     def _index_rows(self, number: int, facts: pa.Table, part_sha256: str) -> list[Row]:
         return [{**row, "part": self._key(number), "part_sha256": part_sha256} for row in facts.to_pylist()]
+
+    def _is_whole(self, number: int, part_sha256: str) -> bool:
+        try:
+            self.store.read(self._key(number), part_sha256)
+        except (Missing, CorruptObject):
+            return False
+        return True
+
+    def _make_again(self, judged: list[Row], engine: Engine, recipe: Recipe) -> list[Row]:
+        """The rows of a part, from those of the index; what failed stays failed."""
+        engine.prepare(sorted({(row["prompt"], row["negative_prompt"]) for row in judged}))
+        orders = [{name: row[name] for name in tables.ORDERS.names} for row in judged if not row["error"]]
+        made = iter(self._make(orders, engine, recipe) if orders else [])
+        return [{**row, "image": None} if row["error"] else next(made) for row in judged]
+
+    def _check_same(self, judged: list[Row], made: list[Row]) -> None:
+        """Raises NotReproduced."""
+        for before, now in zip(judged, made, strict=True):
+            if before["pixel_hash"] != now["pixel_hash"]:
+                raise NotReproduced(
+                    f"{self.store.uri(before['part'])} is damaged, and candidate {now['candidate_id']} in it has other pixels "
+                    "when it is made again here than those that were judged: mend it on a machine like that which made it "
+                    f"(run {before['run']} recorded its machine and libraries), or restore the file"
+                )
 
     # --- images ------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """The flow as a whole, on the embedded models and a real Prefect server."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +187,29 @@ def test_form_floor_gate_and_near_copies_decide_together(first, small_manifest, 
     judged = ledger(store, again.run)
     assert set(judged.filter(pl.col("verdict") == "unsafe")["candidate_id"]) == set(unsafe["candidate_id"])
     assert verify(place).problems == []
+
+
+def test_damaged_images_are_made_again_and_the_release_is_the_same(first, small_manifest, tmp_path):
+    """One part is damaged before it is scored, one after; verify, which knew of neither before, finds nothing."""
+    whole = Store(first[0])
+    place = Store(tmp_path / "damaged")
+    shutil.copytree(first[0], tmp_path / "damaged")
+    shards = {layout.shard_of(key): key for key in place.list("candidates") if "part-" in key}
+    (unscored, one), (_, other), *_ = shards.items()
+    before = layout.scores(fingerprint(SCORER), unscored)
+    place.delete(before)
+    for key in (one, other):
+        data = bytearray(place.read(key))
+        data[len(data) // 2] ^= 1
+        place.write(key, bytes(data))
+
+    policy = Policy(reject="0.4")
+    summary = run(small_manifest, tmp_path / "damaged", policy=policy)
+
+    assert summary["made"] == len(place.read_table(one))
+    assert verify(place).problems == []
+    undisturbed = run(small_manifest, first[0], policy=policy)
+    same = ["candidate_id", "pixel_hash", "verdict", "reason", "score"]
+    mended = ledger(tmp_path / "damaged", summary["run"])
+    assert mended.select(same).equals(ledger(first[0], undisturbed["run"]).select(same))
+    assert place.read(before) == whole.read(before)

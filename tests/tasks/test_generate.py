@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tasks import identity, tables
 from tasks.engines import Engine, EngineError, Images, Order, Recipe
 from tasks.engines.diffusers import DiffusersEngine, default_recipe
-from tasks.generate import generate_shard, why_degenerate
+from tasks.generate import NotReproduced, generate_shard, mend_shard, why_degenerate
 from tasks.references import ShardMade, ShardRef
 from tasks.store import Missing, Store, images, layout
 from tasks.store.shards import read_images, read_index
@@ -326,3 +326,78 @@ def test_a_small_light_in_the_dark_is_an_image() -> None:
     pixels = np.zeros((64, 64, 3), np.uint8)
     pixels[30:32, 30:32] = 255
     assert why_degenerate(pixels, finite=True) is None
+
+
+# --- what is damaged -------------------------------------------------------------------------------------------------
+
+
+def flip_a_bit(store: Store, key: str, place: float = 0.5) -> None:
+    data = bytearray(store.read(key))
+    data[int(len(data) * place)] ^= 1
+    store.write(key, bytes(data))
+
+
+def mend(shard: Shard) -> ShardMade:
+    return mend_shard(shard.store, "night-2", shard.ref, lambda batch_size: shard.engine, BATCH)
+
+
+def test_damaged_and_lost_parts_are_made_again_and_the_others_kept(new_shard: NewShard, any_store: Store) -> None:
+    shard = new_shard(store=any_store)
+    shard.make()
+    before, images_before = shard.index, dict(read_images(any_store, shard.index))
+    flip_a_bit(any_store, shard.part(0))
+    any_store.delete(shard.part(2))
+    shard.engine.calls.clear()
+
+    made = mend(shard)
+
+    assert counts(made) == {"made": 6, "found": 4, "errors": 0, "degenerate": 0}
+    assert shard.engine.calls == [["a", "a", "b", "b"], ["e", "e"]]
+    fixed = ["candidate_id", "seed", "pixel_hash", "part"]
+    assert shard.index.select(fixed).equals(before.select(fixed))
+    assert shard.index["run"].to_list() == ["night-2"] * 4 + [RUN] * 4 + ["night-2"] * 2
+    assert dict(read_images(any_store, shard.index)) == images_before
+    assert counts(mend(shard))["made"] == 0 and len(shard.engine.calls) == 2
+
+
+def test_a_torn_index_is_written_anew_from_the_parts(new_shard: NewShard) -> None:
+    shard = new_shard()
+    shard.make()
+    before = shard.index
+    shard.store.write(shard.index_key, shard.store.read(shard.index_key)[:-30])
+    assert counts(mend(shard)) == {"made": 0, "found": 10, "errors": 0, "degenerate": 0}
+    assert shard.index.equals(before)
+
+
+def test_what_failed_stays_failed_when_its_part_is_made_again(new_shard: NewShard) -> None:
+    shard = new_shard(["a", CRASH])
+    shard.make()
+    before = shard.index
+    flip_a_bit(shard.store, shard.part(0))
+    shard.engine.calls.clear()
+    assert counts(mend(shard)) == {"made": 2, "found": 0, "errors": 2, "degenerate": 0}
+    assert shard.engine.calls == [["a", "a"]]
+    assert shard.index["error"].equals(before["error"])
+
+
+def test_other_pixels_than_those_that_were_judged_are_refused(new_shard: NewShard) -> None:
+    shard = new_shard()
+    shard.make()
+    judged = shard.index.with_columns(pixel_hash=pl.lit("0" * 64))
+    shard.store.write_table(shard.index_key, tables.SHARD_INDEX.conform(judged))
+    flip_a_bit(shard.store, shard.part(1))
+    there = shard.store.read(shard.part(1))
+    with pytest.raises(NotReproduced, match="other pixels when it is made again here"):
+        mend(shard)
+    assert shard.store.read(shard.part(1)) == there
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
+def test_a_part_damaged_before_it_was_indexed_is_made_again(new_shard: NewShard, place: float) -> None:
+    shard = new_shard()
+    shard.make()
+    before = dict(read_images(shard.store, shard.index))
+    shard.store.delete(shard.index_key)
+    flip_a_bit(shard.store, shard.part(1), place)
+    assert counts(shard.make()) == {"made": 4, "found": 6, "errors": 0, "degenerate": 0}
+    assert dict(read_images(shard.store, shard.index)) == before
