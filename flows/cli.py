@@ -409,7 +409,8 @@ def _in_words(error: Any) -> str:
         message = problem["msg"].removeprefix("Value error, ")
         if not problem["loc"]:  # options that contradict each other: the message names them
             return message
-        return f"--{str(problem['loc'][0]).replace('_', '-')}: {message}, received {problem['input']!r}"
+        option = {"quotas": "quota"}.get(problem["loc"][0], str(problem["loc"][0]).replace("_", "-"))
+        return f"--{option}: {message}, received {problem['input']!r}"
 
     return "; ".join(told(problem) for problem in error.errors())
 
