@@ -103,6 +103,14 @@ def run(
     canary: Annotated[
         float | None, typer.Option(help="Stop where surely more than this share of the first shard is unusable.")
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Worker processes; else one for each GPU, and without a GPU none.")
+    ] = None,
+    runner: Annotated[
+        Literal["local", "ray"], typer.Option(help="local: on this machine; ray: on an existing Ray cluster.")
+    ] = "local",
+    address: Annotated[str | None, typer.Option(help="Of the Ray cluster, host:port; else this machine's.")] = None,
+    gpus: Annotated[float | None, typer.Option(help="Ray: GPUs a worker holds; 0: a CPU instead.")] = None,
     on_bad_rows: Annotated[
         Literal["fail", "quarantine"], typer.Option(help="What to do with a bad row of the manifest.")
     ] = "fail",
@@ -114,7 +122,7 @@ def run(
     with _errors():
         from pydantic import ValidationError
 
-        from flows.parameters import Budget, Generation, Policy, Scoring
+        from flows.parameters import Budget, Generation, Policy, Scoring, Workers
 
         if calibrated_floor and floor is not None:
             raise typer.BadParameter("--floor and --calibrated-floor contradict each other: give one of them")
@@ -166,6 +174,7 @@ def run(
                     canary=canary,
                 )
             )
+            crew = Workers(runner=runner, **_given(workers=workers, address=address, gpus=gpus))
         except ValidationError as error:
             raise typer.BadParameter(_in_words(error)) from error
         _check_names(manifest, store, name, generation.model, scoring)
@@ -179,6 +188,7 @@ def run(
             scoring=scoring,
             policy=policy,
             budget=budget,
+            workers=crew,
             on_bad_rows=on_bad_rows,
             edition=edition,
         )

@@ -55,6 +55,22 @@ class Generation(BaseModel, frozen=True):
         return {name: value for name, value in given.items() if name not in own or value != own[name]}
 
 
+class Workers(BaseModel, frozen=True):
+    """Who makes and scores the candidates. Has no part in what comes out."""
+
+    runner: Literal["local", "ray"] = Field(
+        "local", description="local: processes on this machine; ray: an existing Ray cluster"
+    )
+    workers: int = Field(
+        0,
+        ge=0,
+        le=10_000,
+        description="how many at once; 0: one for each GPU, and without any one in the flow's own process",
+    )
+    address: str = Field("auto", description="of the Ray cluster, as host:port; auto: the one this machine belongs to")
+    gpus: float = Field(1, ge=0, le=64, description="Ray: GPUs a worker holds; 0: it holds a CPU instead")
+
+
 class Scoring(BaseModel, frozen=True):
     """Who judges the candidates."""
 
@@ -85,4 +101,4 @@ class Scoring(BaseModel, frozen=True):
         return self
 
 
-__all__ = ["Budget", "Generation", "Policy", "Sampler", "Scoring"]
+__all__ = ["Budget", "Generation", "Policy", "Sampler", "Scoring", "Workers"]

@@ -5,17 +5,18 @@ store itself knows what is done, so every step may be called again.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.states import State
 
-from flows import progress
+from flows import progress, worker
 from flows.parameters import Scoring
 from tasks.engines import Recipe
+from tasks.errors import DarkroomError
 from tasks.judging import Judging
 from tasks.lift import Lift
 from tasks.references import ManifestRef, PlanRef, ReleaseRef, Selection, ShardMade, ShardRef, ShardScored
@@ -23,6 +24,10 @@ from tasks.select import Policy
 from tasks.store import Store, layout
 from tasks.store.objects import may_pass
 from tasks.topup import Budget
+
+if TYPE_CHECKING:
+    from tasks.develop import Job, Outcome
+    from tasks.generate import Care
 
 
 def worth_another_try(task: Any, run: TaskRun, state: State) -> bool:
@@ -85,24 +90,44 @@ def plan(
     return plan(Store(store), manifest, run, recipe, candidates, check=lambda r: check_recipe(r, folder), **sizes)
 
 
-@step(name="generate", task_run_name="generate {shard.shard}")
-def generate(store: str, shard: ShardRef, run: str, recipe: Recipe, batch_size: int) -> ShardMade:
-    from tasks.engines import open_engine
-    from tasks.generate import generate_shard
+class NotAllDeveloped(DarkroomError):
+    """Some shards of a task could not be finished; `outcomes` tells of all."""
 
-    def opened():
-        return open_engine(recipe.model, recipe.dtype, batch_size)
+    def __init__(self, what: str, outcomes: "Sequence[Outcome]"):
+        super().__init__(what)
+        self.what, self.outcomes = what, outcomes
 
-    return generate_shard(Store(store), run, shard, opened, batch_size, progress=progress.advance)
+    def __reduce__(self) -> tuple[Any, ...]:  # it may come from another process
+        return type(self), (self.what, self.outcomes)
+
+
+@step(name="develop", task_run_name="develop {shards[0].shard} and {more} more", retries=0)
+def develop(
+    store: str, job: "Job", shards: "tuple[ShardRef, ...]", care: "dict[str, Care]", more: int = 0
+) -> "list[Outcome]":
+    """Make and score shards, where a worker has places for it. The store is patient by itself: a retry would begin anew."""
+    worker.settle()
+    from tasks.develop import ShardFailed, develop
+
+    outcomes = develop(Store(store), job, shards, care, progress.advance)
+    failed = [outcome for outcome in outcomes if isinstance(outcome, ShardFailed)]
+    if failed:
+        first = failed[0]
+        raise NotAllDeveloped(
+            f"{len(failed)} of {len(shards)} shards failed, first {first.shard.shard}: {type(first.error).__name__}: "
+            f"{first.error}",
+            outcomes,
+        )
+    return outcomes
 
 
 @step(name="mend", task_run_name="mend {shard.shard}")
-def mend(store: str, shard: ShardRef, run: str, recipe: Recipe, batch_size: int) -> ShardMade:
+def mend(store: str, shard: ShardRef, job: "Job") -> ShardMade:
+    worker.settle()
     from tasks.engines import open_engine
     from tasks.generate import mend_shard
 
-    opened = functools.partial(open_engine, recipe.model, recipe.dtype)
-    return mend_shard(Store(store), run, shard, opened, batch_size)
+    return mend_shard(Store(store), job.run, shard, functools.partial(open_engine, job.model, job.dtype), job.batch_size)
 
 
 @step(name="score", task_run_name="score {shard.shard}")

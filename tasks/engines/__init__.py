@@ -60,6 +60,9 @@ class Images:
 
     pixels: "np.ndarray"
     finite: "np.ndarray"
+    denoise_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    batch: int = 0
 
 
 class Engine(Protocol):

@@ -134,3 +134,8 @@ def lineage_events(run: str) -> str:
 
 def lineage_images(run: str) -> str:
     return f"lineage/images/{run}.parquet"
+
+
+def trying(run: str, shard: str) -> str:
+    """The candidate that is made alone just now, since its batch killed a worker."""
+    return f"runs/{run}/trying/{shard}.json"
