@@ -20,6 +20,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows import steps
 from flows.parameters import Budget, Generation, Policy, Scoring
 from flows.progress import Progress
+from tasks.accounting import in_words as cost_in_words
 from tasks.calibrate import CalibrationError
 from tasks.engines import EngineError, Recipe
 from tasks.errors import DarkroomError
@@ -126,19 +127,20 @@ def nightly(
             selection = steps.select(store, plan, snapshot, scorer, policy, judging)
             event.counts.update(selection.counts)
         summary = summarize(started, plan, made)
+        costs, ended = steps.account(store, selection, budget.price)
         lift = steps.lift(store, selection, plan, judge)
         with events.step("release", inputs=[selection.ledger]) as event:
             try:
                 require_lift(lift, scoring.on_no_lift)
                 released = whole(mend, partial(steps.release, store, name, selection, plan, snapshot))
             except (ReleaseError, LiftError):  # the report shows why
-                steps.report(store, name, selection, None, plan, snapshot, policy, lift, summary)
+                steps.report(store, name, selection, None, plan, snapshot, policy, lift, summary, costs)
                 raise
             event.outputs += released.files
         with events.step("lineage", inputs=[selection.ledger], outputs=[layout.lineage_images(run)]):
             steps.lineage(store, selection, plan, snapshot, released)
         report = whole(
-            mend, partial(steps.report, store, name, selection, released, plan, snapshot, policy, lift, summary)
+            mend, partial(steps.report, store, name, selection, released, plan, snapshot, policy, lift, summary, costs)
         )
 
     return {
@@ -153,6 +155,8 @@ def nightly(
         "counts": selection.counts,
         "rejection_rate": selection.rejection_rate,
         "lift": in_words(lift),
+        "cost": cost_in_words(costs) if costs else None,
+        "ended": ended.in_words if ended else None,
         "rounds": plan.round + 1,
         "given_up": given_up,
         "dataset": name,
@@ -165,17 +169,15 @@ def nightly(
 def in_rounds(
     plan: PlanRef,
     make: Callable[[PlanRef], list[ShardMade]],
-    top_up: Callable[[PlanRef, int, float], tuple[PlanRef | None, int]],
+    top_up: Callable[[PlanRef], tuple[PlanRef | None, int]],
 ) -> tuple[PlanRef, list[ShardMade], int]:
     """Make a plan, and then one round after the other for the prompts that still lack images.
 
-    `top_up` is told all that was planned, and how many images were made now in how many seconds. Returns all rounds' plans together, what was made, and how many
-    prompts were given up.
+    `top_up` is told all that was planned. Returns all rounds' plans together, what was made, and how many prompts were given up.
     """
     made = make(plan)
     while True:
-        new = [shard for shard in made if shard.made]
-        further, given_up = top_up(plan, sum(shard.made for shard in new), sum(shard.seconds for shard in new))
+        further, given_up = top_up(plan)
         if further is None:
             return plan, made, given_up
         made += make(further)

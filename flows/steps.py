@@ -15,6 +15,8 @@ from prefect.states import State
 
 from flows import progress
 from flows.parameters import Scoring
+from tasks.accounting import Costs
+from tasks.budget import Budget, Cut
 from tasks.engines import Recipe
 from tasks.judging import Judging
 from tasks.lift import Lift
@@ -22,7 +24,6 @@ from tasks.references import ManifestRef, PlanRef, ReleaseRef, Selection, ShardM
 from tasks.select import Policy
 from tasks.store import Store, layout
 from tasks.store.objects import may_pass
-from tasks.topup import Budget
 
 
 def worth_another_try(task: Any, run: TaskRun, state: State) -> bool:
@@ -77,23 +78,31 @@ def plan(
     budget: Budget,
     **sizes: Any,
 ) -> PlanRef:
+    from tasks.budget import as_ended
     from tasks.engines.models import ModelFolder, check_recipe, locate
     from tasks.plan import check_promises, plan
 
     check_promises(Store(store), manifest, candidates, policy, budget.candidates)
     folder = ModelFolder(locate(recipe.model))
-    return plan(Store(store), manifest, run, recipe, candidates, check=lambda r: check_recipe(r, folder), **sizes)
+    planned = plan(Store(store), manifest, run, recipe, candidates, check=lambda r: check_recipe(r, folder), **sizes)
+    return as_ended(Store(store), planned)
 
 
 @step(name="generate", task_run_name="generate {shard.shard}")
 def generate(store: str, shard: ShardRef, run: str, recipe: Recipe, batch_size: int) -> ShardMade:
+    from tasks.accounting import Clock, device_name, record
     from tasks.engines import open_engine
     from tasks.generate import generate_shard
 
-    def opened():
-        return open_engine(recipe.model, recipe.dtype, batch_size)
+    clock = Clock()
 
-    return generate_shard(Store(store), run, shard, opened, batch_size, progress=progress.advance)
+    def opened():
+        with clock.time("load"):
+            return open_engine(recipe.model, recipe.dtype, batch_size)
+
+    made = generate_shard(Store(store), run, shard, opened, batch_size, progress=progress.advance)
+    record(Store(store), run, shard, clock.spent(made.made, device_name() if made.made else ""))
+    return made
 
 
 @step(name="mend", task_run_name="mend {shard.shard}")
@@ -143,8 +152,6 @@ def top_up(
     recipe: Recipe,
     candidates: int,
     so_far: PlanRef,
-    made: int,
-    seconds: float,
     *,
     fingerprint: str,
     policy: Policy,
@@ -158,18 +165,30 @@ def top_up(
     def plan_round(number: int, more: Any) -> PlanRef:
         return plan(Store(store), manifest, so_far.run, recipe, candidates, round=number, more=more, **sizes)
 
-    return next_round(Store(store), so_far, manifest, fingerprint, policy, judging, budget, made, seconds, plan_round)
+    return next_round(Store(store), so_far, manifest, fingerprint, policy, judging, budget, plan_round)
 
 
 @step(name="select")
 def select(
     store: str, plan: PlanRef, manifest: ManifestRef, fingerprint: str, policy: Policy, judging: Judging
 ) -> Selection:
+    from tasks.budget import selecting
     from tasks.judging import further_facts
     from tasks.select import judge_run
 
     more = further_facts(Store(store), plan, fingerprint, policy, judging)
-    return judge_run(Store(store), plan, manifest, fingerprint, policy, more)
+    with selecting(Store(store), plan.run):
+        return judge_run(Store(store), plan, manifest, fingerprint, policy, more)
+
+
+@step(name="account")
+def account(store: str, selection: Selection, price: float) -> tuple[Costs | None, Cut | None]:
+    """What the run spent, in all its starts, for its accepted images; and how its budget ended it, if it did."""
+    from tasks.accounting import costs, write_accounting
+    from tasks.budget import load_cut
+
+    attempts = write_accounting(Store(store), selection.run)
+    return costs(attempts, selection.counts["accepted"], price), load_cut(Store(store), selection.run)
 
 
 @step(name="lift")
@@ -204,6 +223,7 @@ def report(
     policy: Policy,
     lift: Lift,
     summary: dict[str, Any],
+    costs: Costs | None = None,
 ) -> str:
     """Write the HTML report and the summary that Prefect shows; returns where the report is.
 
@@ -216,12 +236,11 @@ def report(
     place = Store(store)
     facts = {"This run": {title.replace("_", " "): value for title, value in summary.items() if value is not None}}
     key = layout.report(selection.run)
+    shown: dict[str, Any] = {"name": name, "policy": policy, "release": released, "lift": lift, "costs": costs}
     if released is None or released.new or not place.exists(key):
-        write_report(
-            place, selection, plan, manifest, name=name, policy=policy, release=released, lift=lift, facts=facts
-        )
+        write_report(place, selection, plan, manifest, facts=facts, **shown)
     create_markdown_artifact(
-        summarize(place, selection, plan, name=name, policy=policy, release=released, lift=lift, report=place.uri(key)),
+        summarize(place, selection, plan, report=place.uri(key), **shown),
         key=f"run-{selection.run}",
         description=f"{name}: what run {selection.run} came to",
     )
