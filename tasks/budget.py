@@ -83,12 +83,12 @@ class Budget(BaseModel, frozen=True):
 
         Of those, all starts of the run made `made` in so many seconds; the others were found in the store.
         """
-        left: list[float] = [self.candidates - planned] if self.candidates else []
+        left: list[float] = [self.candidates - planned] if self.candidates else [math.inf]
         if self.exhausted(seconds):
             left.append(0)
         elif self.seconds is not None and made and seconds:
             left.append((self.seconds - seconds) * made / seconds)
-        return max(0, math.floor(min(left))) if left else None
+        return None if math.isinf(fewest := min(left)) else max(0, math.floor(fewest))
 
 
 @dataclass(frozen=True)
