@@ -92,10 +92,13 @@ def run(
     rounds: Annotated[int | None, typer.Option(help="Further rounds for prompts below their k_min, at most.")] = None,
     per_prompt: Annotated[int | None, typer.Option(help="Candidates per prompt in all rounds, at most.")] = None,
     max_candidates: Annotated[int | None, typer.Option(help="Candidates in all rounds, at most.")] = None,
-    gpu_seconds: Annotated[float | None, typer.Option(help="No further round after so much generation.")] = None,
-    money: Annotated[
-        float | None, typer.Option(help="No further round after generation cost this, at --price.")
+    gpu_seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="End the run, with a release of what is finished, once GPUs were held for so long, over all starts."
+        ),
     ] = None,
+    money: Annotated[float | None, typer.Option(help="Likewise, once that cost so much, at --price.")] = None,
     price: Annotated[float | None, typer.Option(help="Price of a GPU hour.")] = None,
     hopeless: Annotated[
         float | None, typer.Option(help="Give a prompt up whose share of usable images is surely below this.")

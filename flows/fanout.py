@@ -6,13 +6,15 @@ worker's death, a damaged file or another run's claim means for a shard is decid
 
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from flows import steps
 from flows.pools import Pool, WorkerDied
 from flows.progress import Progress
+from tasks.accounting import spent_so_far
+from tasks.budget import Budget, cut, finished_shards
 from tasks.develop import Job, Outcome, ShardBusy, ShardFailed, tried
 from tasks.engines import EngineError
 from tasks.errors import DarkroomError
@@ -21,7 +23,9 @@ from tasks.references import PlanRef, ShardMade, ShardRef
 from tasks.store import CorruptObject, Store, layout
 from tasks.topup import canary_shard
 
-TASK_SECONDS = 300.0  # a task takes as many shards as fill this: long beside what starting it costs, short beside a night
+TASK_SECONDS = (
+    300.0  # a task takes as many shards as fill this: long beside what starting it costs, short beside a night
+)
 BUSY_SECONDS = 2.0  # after which it is looked again whether another run has finished a shard
 LOOK_SECONDS = 0.5  # how often progress is told
 ALONE_TRIES = 2  # after so many deaths in a call of its own, a candidate is given up
@@ -37,16 +41,16 @@ def fan_out(
     plan: PlanRef,
     job: Job,
     pool: Pool,
+    budget: Budget,
     canary: Callable[[ShardRef], None] = lambda shard: None,
-    spent_enough: Callable[[Sequence[ShardMade]], str | None] = lambda made: None,
 ) -> tuple[list[ShardMade], str | None]:
     """Make and score all shards of a plan; what was made, and why the rest was left out, if it was.
 
     The canary's shard goes first and alone: `canary` looks at its scores, and raises where the others would be wasted.
-    `spent_enough` says why no further shard is to be started, or None. Raises RunIncomplete at the end where shards failed,
-    ScorerError and the like at once.
+    When the budget is spent, nothing more is started. Raises RunIncomplete at the end where shards failed, ScorerError and the
+    like at once.
     """
-    night = _Night(store, plan, job, pool)
+    night = _Night(store, plan, job, pool, budget)
     with Progress(len(plan.shards), plan.candidates, pool.images) as progress:
         if first := canary_shard(plan):
             night.hold_back_all_but(first)
@@ -62,8 +66,7 @@ def fan_out(
                     canary(shard)
             if not night.waits_for(first):
                 night.let_go()
-            if why := spent_enough(night.made):
-                night.leave_the_rest(why)
+            night.mind_the_budget()
     if night.failed:
         raise RunIncomplete(
             f"{len(night.failed)} of {len(plan.shards)} shards of run {plan.run} failed, first with {night.failed[0]}; the others "
@@ -80,15 +83,25 @@ class _Night:
     plan: PlanRef
     job: Job
     pool: Pool
+    budget: Budget
     made: list[ShardMade] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     left_out: str | None = None
 
     def __post_init__(self) -> None:
+        limited = self.budget.seconds is not None
+        self._spent_before = spent_so_far(Store(self.store), self.plan.run).seconds if limited else 0.0
+        shards = self.plan.shards
+        if why := self.budget.exhausted(self._spent_before):  # by earlier starts
+            there = finished_shards(Store(self.store), self.plan, self.job.fingerprint, self.job.judging)
+            shards = cut(self.plan, there).shards
+            self.left_out = why if len(shards) < len(self.plan.shards) else None
         self._waiting: dict[str, deque[ShardRef]] = {}  # by recipe: a worker stays with the one it has
-        for shard in self.plan.shards:
+        for shard in shards:
             self._waiting.setdefault(shard.recipe_id, deque()).append(shard)
-        self._first: deque[tuple[Any, ShardRef]] = deque()  # (step, shard) that go before all others, each as its own task
+        self._first: deque[tuple[Any, ShardRef]] = (
+            deque()
+        )  # (step, shard) that go before all others, each as its own task
         self._busy: dict[str, tuple[float, ShardRef]] = {}  # made by another run: when to look again
         self._held: dict[str, deque[ShardRef]] = {}
         self._settled: set[ShardRef] = set()  # finished, or failed for good
@@ -117,11 +130,17 @@ class _Night:
             self._waiting.setdefault(recipe, deque()).extend(shards)
         self._held = {}
 
-    def leave_the_rest(self, why: str) -> None:
-        """Nothing more is started; what runs is finished."""
-        self.left_out = why
-        self._waiting, self._busy, self._held = {}, {}, {}
-        self._first.clear()
+    @property
+    def _spent(self) -> float:
+        return self._spent_before + sum(made.seconds for made in self.made)
+
+    def mind_the_budget(self) -> None:
+        """Where it is spent, nothing more is started; what runs is finished."""
+        why = self.budget.exhausted(self._spent)
+        if why and (any(self._waiting.values()) or self._busy or self._held or self._first):
+            self.left_out = why
+            self._waiting, self._busy, self._held = {}, {}, {}
+            self._first.clear()
 
     def patience(self) -> float | None:
         """Seconds to wait for a task to be done."""
@@ -169,7 +188,10 @@ class _Night:
         most = max(1, left // (2 * self.pool.places)) if self.pool.places > 1 else left
         taken = [shards.popleft()]
         candidates = taken[0].candidates
-        while shards and len(taken) < most and (candidates + shards[0].candidates) * each <= TASK_SECONDS:
+        seconds = TASK_SECONDS
+        if self.budget.seconds is not None:
+            seconds = min(seconds, (self.budget.seconds - self._spent) / self.pool.places)
+        while shards and len(taken) < most and (candidates + shards[0].candidates) * each <= seconds:
             candidates += shards[0].candidates
             taken.append(shards.popleft())
         return taken

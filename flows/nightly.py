@@ -17,6 +17,7 @@ from flows import steps
 from flows.fanout import fan_out
 from flows.parameters import Budget, Generation, Policy, Scoring, Workers
 from flows.pools import open_pool
+from tasks.accounting import in_words as cost_in_words
 from tasks.develop import Job
 from tasks.lift import LiftError, check_judge, in_words, judge_sample, require_lift
 from tasks.lineage import Events
@@ -97,10 +98,11 @@ def nightly(
         with events.step("generate", inputs=[layout.plan(run, 0)]) as event:
             rules = {"fingerprint": scorer, "policy": policy, "judging": judging, "budget": budget}
             top_up = partial(steps.top_up, store, snapshot, recipe, generation.candidates, sizes=sizes, **rules)
+            end = partial(steps.end_early, store, fingerprint=scorer, judging=judging)
             with open_pool(workers) as pool:
                 canary = partial(steps.check_canary, store, **rules)
-                make = lambda plan: fan_out(store, plan, job, pool, canary)[0]
-                plan, made, given_up = in_rounds(plan, make, top_up)
+                make = partial(fan_out, store, job=job, pool=pool, budget=budget, canary=canary)
+                plan, made, given_up = in_rounds(plan, make, top_up, end)
             event.counts.update(made=sum(m.made for m in made), found=sum(m.found for m in made))
         mend = partial(mend_all, store, plan, job)
         for shard in judge_sample(plan) if judge else ():
@@ -109,19 +111,20 @@ def nightly(
             selection = steps.select(store, plan, snapshot, scorer, policy, judging)
             event.counts.update(selection.counts)
         summary = summarize(started, plan, made)
+        costs, ended = steps.account(store, selection, budget.price)
         lift = steps.lift(store, selection, plan, judge)
         with events.step("release", inputs=[selection.ledger]) as event:
             try:
                 require_lift(lift, scoring.on_no_lift)
                 released = whole(mend, partial(steps.release, store, name, selection, plan, snapshot))
             except (ReleaseError, LiftError):  # the report shows why
-                steps.report(store, name, selection, None, plan, snapshot, policy, lift, summary)
+                steps.report(store, name, selection, None, plan, snapshot, policy, lift, summary, costs)
                 raise
             event.outputs += released.files
         with events.step("lineage", inputs=[selection.ledger], outputs=[layout.lineage_images(run)]):
             steps.lineage(store, selection, plan, snapshot, released)
         report = whole(
-            mend, partial(steps.report, store, name, selection, released, plan, snapshot, policy, lift, summary)
+            mend, partial(steps.report, store, name, selection, released, plan, snapshot, policy, lift, summary, costs)
         )
 
     return {
@@ -136,6 +139,8 @@ def nightly(
         "counts": selection.counts,
         "rejection_rate": selection.rejection_rate,
         "lift": in_words(lift),
+        "cost": cost_in_words(costs) if costs else None,
+        "ended": ended.in_words if ended else None,
         "rounds": plan.round + 1,
         "given_up": given_up,
         "dataset": name,
@@ -147,21 +152,24 @@ def nightly(
 
 def in_rounds(
     plan: PlanRef,
-    make: Callable[[PlanRef], list[ShardMade]],
-    top_up: Callable[[PlanRef, int, float], tuple[PlanRef | None, int]],
+    make: Callable[[PlanRef], tuple[list[ShardMade], str | None]],
+    top_up: Callable[[PlanRef], tuple[PlanRef | None, int]],
+    end: Callable[..., PlanRef],
 ) -> tuple[PlanRef, list[ShardMade], int]:
     """Make a plan, and then one round after the other for the prompts that still lack images.
 
-    `top_up` is told all that was planned, and how many images were made now in how many seconds. Returns all rounds' plans together, what was made, and how many
-    prompts were given up.
+    `make` says why it left shards out, if it did: then `end` tells what the run is ended with. `top_up` is told all that was planned.
+    Returns all rounds' plans together, what was made, and how many prompts were given up.
     """
-    made = make(plan)
+    made, spent = make(plan)
     while True:
-        new = [shard for shard in made if shard.made]
-        further, given_up = top_up(plan, sum(shard.made for shard in new), sum(shard.seconds for shard in new))
+        if spent:
+            return end(plan, why=spent), made, 0
+        further, given_up = top_up(plan)
         if further is None:
             return plan, made, given_up
-        made += make(further)
+        more, spent = make(further)
+        made += more
         plan = plan.and_then(further)
 
 

@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
+from tasks.budget import Budget
 from tasks.scorers.forms import Form
 from tasks.select import Policy
-from tasks.topup import Budget
 
 
 class Sampler(StrEnum):

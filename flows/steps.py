@@ -15,6 +15,8 @@ from prefect.states import State
 
 from flows import progress, worker
 from flows.parameters import Scoring
+from tasks.accounting import Costs
+from tasks.budget import Budget, Cut
 from tasks.engines import Recipe
 from tasks.errors import DarkroomError
 from tasks.judging import Judging
@@ -23,7 +25,6 @@ from tasks.references import ManifestRef, PlanRef, ReleaseRef, Selection, ShardM
 from tasks.select import Policy
 from tasks.store import Store, layout
 from tasks.store.objects import may_pass
-from tasks.topup import Budget
 
 if TYPE_CHECKING:
     from tasks.develop import Job, Outcome
@@ -82,12 +83,14 @@ def plan(
     budget: Budget,
     **sizes: Any,
 ) -> PlanRef:
+    from tasks.budget import as_ended
     from tasks.engines.models import ModelFolder, check_recipe, locate
     from tasks.plan import check_promises, plan
 
     check_promises(Store(store), manifest, candidates, policy, budget.candidates)
     folder = ModelFolder(locate(recipe.model))
-    return plan(Store(store), manifest, run, recipe, candidates, check=lambda r: check_recipe(r, folder), **sizes)
+    planned = plan(Store(store), manifest, run, recipe, candidates, check=lambda r: check_recipe(r, folder), **sizes)
+    return as_ended(Store(store), planned)
 
 
 class NotAllDeveloped(DarkroomError):
@@ -127,7 +130,9 @@ def mend(store: str, shard: ShardRef, job: "Job") -> ShardMade:
     from tasks.engines import open_engine
     from tasks.generate import mend_shard
 
-    return mend_shard(Store(store), job.run, shard, functools.partial(open_engine, job.model, job.dtype), job.batch_size)
+    return mend_shard(
+        Store(store), job.run, shard, functools.partial(open_engine, job.model, job.dtype), job.batch_size
+    )
 
 
 @step(name="score", task_run_name="score {shard.shard}")
@@ -168,8 +173,6 @@ def top_up(
     recipe: Recipe,
     candidates: int,
     so_far: PlanRef,
-    made: int,
-    seconds: float,
     *,
     fingerprint: str,
     policy: Policy,
@@ -183,18 +186,38 @@ def top_up(
     def plan_round(number: int, more: Any) -> PlanRef:
         return plan(Store(store), manifest, so_far.run, recipe, candidates, round=number, more=more, **sizes)
 
-    return next_round(Store(store), so_far, manifest, fingerprint, policy, judging, budget, made, seconds, plan_round)
+    return next_round(Store(store), so_far, manifest, fingerprint, policy, judging, budget, plan_round)
+
+
+@step(name="end early")
+def end_early(store: str, plan: PlanRef, fingerprint: str, judging: Judging, why: str) -> PlanRef:
+    """The plan of what there is, when the budget is spent."""
+    from tasks.budget import end_early, finished_shards
+
+    return end_early(Store(store), plan, finished_shards(Store(store), plan, fingerprint, judging), why)
 
 
 @step(name="select")
 def select(
     store: str, plan: PlanRef, manifest: ManifestRef, fingerprint: str, policy: Policy, judging: Judging
 ) -> Selection:
+    from tasks.budget import selecting
     from tasks.judging import further_facts
     from tasks.select import judge_run
 
     more = further_facts(Store(store), plan, fingerprint, policy, judging)
-    return judge_run(Store(store), plan, manifest, fingerprint, policy, more)
+    with selecting(Store(store), plan.run):
+        return judge_run(Store(store), plan, manifest, fingerprint, policy, more)
+
+
+@step(name="account")
+def account(store: str, selection: Selection, price: float) -> tuple[Costs | None, Cut | None]:
+    """What the run spent, in all its starts, for its accepted images; and how its budget ended it, if it did."""
+    from tasks.accounting import costs, write_accounting
+    from tasks.budget import load_cut
+
+    attempts = write_accounting(Store(store), selection.run)
+    return costs(attempts, selection.counts["accepted"], price), load_cut(Store(store), selection.run)
 
 
 @step(name="lift")
@@ -229,6 +252,7 @@ def report(
     policy: Policy,
     lift: Lift,
     summary: dict[str, Any],
+    costs: Costs | None = None,
 ) -> str:
     """Write the HTML report and the summary that Prefect shows; returns where the report is.
 
@@ -241,12 +265,11 @@ def report(
     place = Store(store)
     facts = {"This run": {title.replace("_", " "): value for title, value in summary.items() if value is not None}}
     key = layout.report(selection.run)
+    shown: dict[str, Any] = {"name": name, "policy": policy, "release": released, "lift": lift, "costs": costs}
     if released is None or released.new or not place.exists(key):
-        write_report(
-            place, selection, plan, manifest, name=name, policy=policy, release=released, lift=lift, facts=facts
-        )
+        write_report(place, selection, plan, manifest, facts=facts, **shown)
     create_markdown_artifact(
-        summarize(place, selection, plan, name=name, policy=policy, release=released, lift=lift, report=place.uri(key)),
+        summarize(place, selection, plan, report=place.uri(key), **shown),
         key=f"run-{selection.run}",
         description=f"{name}: what run {selection.run} came to",
     )

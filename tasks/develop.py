@@ -133,8 +133,8 @@ def _develop(
     finally:
         claim.release()
     spent = clock.spent(made.made, _device())
-    record(store, job.run, shard.shard, spent)
-    return replace(made, seconds=clock.seconds, spent=spent)
+    record(store, job.run, shard, spent)
+    return replace(made, seconds=spent.seconds)
 
 
 def _results(job: Job, shard: ShardRef) -> list[str]:

@@ -38,7 +38,9 @@ Row = dict[str, Any]
 BLACK_MAX = 8  # the brightest value of all
 CONSTANT_STD = 1.0  # the largest standard deviation of the three channels
 ERROR_LENGTH = 300
-AHEAD = 3  # batches that wait to be encoded and written, at most; so a slow store holds the model up, and memory stays flat
+AHEAD = (
+    3  # batches that wait to be encoded and written, at most; so a slow store holds the model up, and memory stays flat
+)
 
 
 class NotReproduced(DarkroomError):
@@ -144,7 +146,7 @@ def _summary(store: Store, shard: ShardRef, wanted: list[str], made: list[str], 
         found=index.height - errors - images_made,
         errors=errors,
         degenerate=index.filter(pl.col("degenerate").is_not_null()).height,
-        seconds=clock.seconds,
+        seconds=clock.spent(images_made, "").seconds,
     )
 
 

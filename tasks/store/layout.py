@@ -40,6 +40,26 @@ def given_up(run: str) -> str:
     return f"runs/{run}/given_up.parquet"
 
 
+def cut(run: str) -> str:
+    """Where its budget ended the run: which shards it was ended with, and why."""
+    return f"runs/{run}/cut.json"
+
+
+def spent(run: str, shard: str, attempt: str) -> str:
+    """What an attempt at a shard spent; `attempt`: 8 hexadecimal digits of its own, so that none overwrites another's."""
+    return f"runs/{run}/spent/{shard}-{attempt}.json"
+
+
+def all_spent(run: str) -> str:
+    """The folder of what all attempts spent."""
+    return f"runs/{run}/spent"
+
+
+def accounting(run: str) -> str:
+    """What all attempts spent, as one table."""
+    return f"runs/{run}/accounting.parquet"
+
+
 def report(run: str) -> str:
     return f"runs/{run}/report.html"
 
