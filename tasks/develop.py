@@ -24,7 +24,7 @@ from tasks.generate import Care, Made, generate_shard
 from tasks.judging import Judging
 from tasks.references import ShardMade, ShardRef
 from tasks.score import Judge, form_shard, opened, score_shard
-from tasks.scorers import Scorer, ScorerError, open_scorer
+from tasks.scorers import ScorerError, open_scorer
 from tasks.store import Store, layout
 from tasks.store.claims import Claims
 

@@ -80,7 +80,7 @@ def generate_shard(
     *,
     seen: Callable[[Sequence[Made]], None] = lambda made: None,
     clock: Clock | None = None,
-    care: Care = Care(),  # noqa: B008  (immutable)
+    care: Care = Care(),
     trying: Callable[[str], None] = lambda candidate: None,
 ) -> ShardMade:
     """Make what the store lacks of a shard; a finished shard is only looked at, and the engine then never opened.
