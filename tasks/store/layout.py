@@ -97,6 +97,16 @@ def shard_index(recipe_id: str, shard: str) -> str:
     return f"candidates/recipe={recipe_id}/{shard}/index.parquet"
 
 
+def claims(recipe_id: str, shard: str) -> str:
+    """The folder of the claims of a shard."""
+    return f"candidates/recipe={recipe_id}/{shard}/claims"
+
+
+def claim(recipe_id: str, shard: str, number: int) -> str:
+    """The n-th claim of a shard: who makes it just now. Only the highest number counts."""
+    return f"candidates/recipe={recipe_id}/{shard}/claims/{number:06d}.json"
+
+
 def scorer(fingerprint: str) -> str:
     """What the scorer is: model, weights, preprocessing, known answers."""
     return f"scores/scorer={fingerprint}/scorer.json"

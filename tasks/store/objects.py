@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -154,7 +154,8 @@ class Store:
         """Key → bytes of what is under a prefix."""
         self.fs.invalidate_cache()
         try:
-            found = self.fs.find(self.path(prefix), detail=True)
+            with self._undisturbed():
+                found = self.fs.find(self.path(prefix), detail=True)
         except FileNotFoundError:
             return {}
         return {str(path)[len(self.root) + 1 :]: facts["size"] for path, facts in found.items()}
@@ -193,7 +194,7 @@ class Store:
             finally:
                 os.unlink(temporary)
         if isinstance(self.fs, MemoryFileSystem):
-            with _memory_lock:
+            with self._undisturbed():
                 if self.fs.exists(path):
                     return False
                 self.fs.pipe_file(path, data)
@@ -228,8 +229,13 @@ class Store:
             self.fs.put_file(str(local), path)
 
     def delete(self, key: str) -> None:
-        if self.exists(key):
-            self.fs.rm_file(self.path(key))
+        with self._undisturbed(), suppress(FileNotFoundError):  # another may have deleted it since
+            if self.exists(key):
+                self.fs.rm_file(self.path(key))
+
+    def _undisturbed(self) -> AbstractContextManager[Any]:
+        """In memory: while no other thread creates or deletes, over which fsspec's listing would stumble (KeyError)."""
+        return _memory_lock if isinstance(self.fs, MemoryFileSystem) else nullcontext()
 
     def _temporary_folder(self) -> str:
         folder = f"{self.root}/{TEMPORARY}"
