@@ -107,15 +107,17 @@ def may_pass(error: BaseException) -> bool:
 
 
 def answer(error: BaseException) -> tuple[int | None, str]:
-    """The HTTP status and the S3 error code the store answered with, where it did: from the error or from its cause."""
+    """The HTTP status and the S3 error code the store answered with, where it did."""
     for candidate in (error, error.__cause__):
         response = getattr(candidate, "response", None)
         if isinstance(response, dict):  # botocore's ClientError, which s3fs translates and keeps as the cause
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             return status, str(response.get("Error", {}).get("Code", ""))
-        for name in ("status_code", "status", "code"):  # azure, aiohttp, gcsfs
-            if isinstance(status := getattr(candidate, name, None), int):
-                return status, ""
+    # of azure, aiohttp, gcsfs; aiohttp's parser has a `code` too, which is no answer: 400 for a body that was torn
+    names = ["status_code", "status"] + ["code"] * type(error).__module__.startswith("gcsfs")
+    for name in names:
+        if isinstance(status := getattr(error, name, None), int):
+            return status, ""
     return None, ""
 
 

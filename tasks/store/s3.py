@@ -16,7 +16,16 @@ REQUESTS = 3  # botocore's own: one part of many in a large upload is repeated a
 
 
 class Session(AIOHTTPSession):
-    """Sends the body at once instead of waiting, without a limit, for leave to send it (no part of what is signed)."""
+    """Sends the body at once instead of waiting, without a limit, for leave to send it (no part of what is signed).
+
+    And sends it once: aiohttp would repeat a PUT whose connection broke and tell nobody, so that a conditional one would be
+    refused because of itself. botocore repeats it too, but says so.
+    """
+
+    async def _get_session(self, proxy_url: str | None) -> Any:
+        session = await super()._get_session(proxy_url)
+        session._retry_connection = False
+        return session
 
     async def send(self, request: Any) -> Any:
         if "Expect" in request.headers:
