@@ -25,7 +25,7 @@ class CorruptObject(StoreError):
 
 
 class StoreUnreachable(StoreError):
-    """The store kept failing for as long as an operation was tried again: an outage longer than a run waits for."""
+    """The store kept failing for as long as an operation was tried again, or it could not be asked at all (no credentials)."""
 
 
 class DiskFull(StoreError):

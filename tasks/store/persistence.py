@@ -52,8 +52,8 @@ T = TypeVar("T")
 def persist(operation: Callable[[], T], what: str, patience_s: float = PATIENCE_S) -> T:
     """The operation's result, tried again on what may pass until `patience_s` after its first failure.
 
-    `what` names it in errors, such as "read s3://bucket/key". What will not pass comes at once, as it is. Raises
-    StoreUnreachable, which is not tried again by whoever called: it has been.
+    `what` names it in errors, such as "read s3://bucket/key". What will not pass comes at once: Python's own errors as they are,
+    a network library's (no credentials) as StoreUnreachable. That one is not tried again by whoever called: it has been.
     """
     tries, first = 0, 0.0
     told = False
@@ -62,7 +62,13 @@ def persist(operation: Callable[[], T], what: str, patience_s: float = PATIENCE_
             return operation()
         except Exception as error:
             if not may_pass(error):
-                raise
+                if not of_backend(error):
+                    raise
+                raise StoreUnreachable(
+                    f"could not {what}: the store could not be asked, {kind(error)}",
+                    "are its address (AWS_ENDPOINT_URL), the region and the credentials (AWS_ACCESS_KEY_ID, "
+                    "AWS_SECRET_ACCESS_KEY; or those of the other clouds) in the environment?",
+                ) from error
             now = time.monotonic()
             tries, first = tries + 1, first or now
             if now - first >= patience_s and tries >= LEAST_TRIES:
@@ -100,10 +106,14 @@ def may_pass(error: BaseException) -> bool:
         return (status >= 500 and status != 501) or status in _PASSING_STATUS
     if isinstance(error, OSError):
         return error.errno not in _LASTING
-    backend = type(error).__module__.partition(".")[0]
-    if backend == "botocore":
+    if type(error).__module__.startswith("botocore"):
         return not _BOTOCORE.isdisjoint(ancestor.__name__ for ancestor in type(error).__mro__)
-    return backend in BACKENDS
+    return of_backend(error)
+
+
+def of_backend(error: BaseException) -> bool:
+    """Whether it is a network library's own error, about the network, credentials or parameters."""
+    return not isinstance(error, OSError) and type(error).__module__.partition(".")[0] in BACKENDS
 
 
 def answer(error: BaseException) -> tuple[int | None, str]:

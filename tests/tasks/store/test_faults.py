@@ -26,6 +26,7 @@ from fsspec.config import conf
 from tasks.store import CorruptObject, DiskFailed, DiskFull, Missing, Store, StoreUnreachable, persistence, s3
 from tasks.store.disk import TEMPORARY
 from tasks.store.persistence import may_pass, persist
+from tasks.verify import Report
 from tests.fault_proxy import KINDS, FaultProxy
 from tests.seaweedfs import BUCKET, S3_ENVIRONMENT, SeaweedFS
 
@@ -201,6 +202,19 @@ def test_what_will_not_pass_comes_at_once(proxy: FaultProxy, monkeypatch: pytest
     assert proxy.requests - before < 25
 
 
+def test_without_credentials_the_store_cannot_be_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in S3_ENVIRONMENT:
+        if "KEY" in name:
+            monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    go_through(refused_endpoint(), monkeypatch)
+    for operation in every_operation(fresh()):
+        with pytest.raises(StoreUnreachable, match=r"NoCredentialsError; .*AWS_ACCESS_KEY_ID"):
+            operation()
+
+
 def every_operation(store: Store) -> list[Callable[[], object]]:
     return [
         lambda: store.exists("k"),
@@ -341,6 +355,13 @@ def test_a_users_own_timeouts_go_before_ours(monkeypatch: pytest.MonkeyPatch) ->
     go_through("http://127.0.0.1:1", monkeypatch, config_kwargs={"read_timeout": 77})
     asked = fresh().fs.config_kwargs
     assert asked["read_timeout"] == 77 and asked["http_session_cls"] is s3.Session
+
+
+def test_an_outage_is_no_reason_to_call_an_object_damaged() -> None:
+    report = Report()
+    with pytest.raises(StoreUnreachable), report.about("k", "delete it and start the run again"):
+        raise StoreUnreachable("could not read k")
+    assert report.problems == []
 
 
 # --- a server killed with -9 ---------------------------------------------------------------------------------------------
