@@ -346,12 +346,13 @@ class _errors:
         if error is None:
             return
         from tasks.errors import DarkroomError
-        from tasks.store.objects import may_pass, public
+        from tasks.store.objects import public
+        from tasks.store.persistence import of_backend
 
         if isinstance(error, DarkroomError):
             typer.secho(f"\ndarkroom: {error}", fg=typer.colors.RED, err=True)
             raise typer.Exit(1) from error
-        if isinstance(error, Exception) and (isinstance(error, OSError) or may_pass(error)):
+        if isinstance(error, Exception) and (isinstance(error, OSError) or of_backend(error)):
             typer.secho(
                 f"\ndarkroom: {type(error).__name__}: {public(str(error))}. If that is the store: is it reachable, and are its "
                 "credentials in the environment? What was finished is kept; the same command goes on from there.",

@@ -59,6 +59,7 @@ def fan_out(
             done = pool.next(night.patience())
             if done is None:
                 progress.look()
+                pool.grow()
                 continue
             for shard in night.take(done.ticket, done.result):
                 progress.shard_done(shard.candidates)

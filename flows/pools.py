@@ -72,16 +72,22 @@ class Pool:
             place, ticket, future = self._done.get(timeout=timeout)
         except queue.Empty:
             return None
-        try:
-            result = future.result(raise_on_failure=False)
-        except Exception as error:
-            result = error
+        result = self._result(place, future)
         if death := self._death(place, result):
             self._put_right(future.task_run_id, death)
             self._replace(place)
             result = death
         self.idle.append(place)
         return Done(place, ticket, result)
+
+    def grow(self) -> None:
+        """Take in places that have come since."""
+
+    def _result(self, place: int, future: Any) -> Any:
+        try:
+            return future.result(raise_on_failure=False)
+        except Exception as error:
+            return error
 
     def images(self) -> int:
         """How many images tasks that still run have done, as far as that is known here."""

@@ -24,7 +24,7 @@ from tasks.lift import Lift
 from tasks.references import ManifestRef, PlanRef, ReleaseRef, Selection, ShardMade, ShardRef, ShardScored
 from tasks.select import Policy
 from tasks.store import Store, layout
-from tasks.store.objects import may_pass
+from tasks.store.persistence import may_pass
 
 if TYPE_CHECKING:
     from tasks.develop import Job, Outcome

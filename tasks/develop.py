@@ -102,7 +102,7 @@ def _develop(
     claims = _claims(store.url, job.run)
     claim = claims.take(shard.recipe_id, shard.shard)
     if claim is None:
-        return ShardBusy(shard, claims.holder(shard.recipe_id, shard.shard))
+        return ShardBusy(shard, str(claims.held_by(shard.recipe_id, shard.shard) or "another run"))
     judge: Judge | None = None
 
     def seen(made: Sequence[Made]) -> None:

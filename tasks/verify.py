@@ -24,7 +24,7 @@ from tasks.ingest import content_digest
 from tasks.judging import judging_of
 from tasks.references import ShardRef
 from tasks.runs import finished_runs, load_recipe, load_run
-from tasks.store import CorruptObject, Missing, Store, StoreError, images, layout, snapshots
+from tasks.store import CorruptObject, Missing, Store, StoreError, StoreUnreachable, images, layout, snapshots
 from tasks.store.shards import index_keys, read_index
 
 THREADS = 8  # shards checked at once; each holds one part in memory
@@ -71,6 +71,8 @@ class Report:
             yield
         except Missing as error:
             self.say(key, error.what, remedy.removeprefix("delete it and "))
+        except StoreUnreachable:  # says nothing about the object, which nobody should delete for that
+            raise
         except StoreError as error:
             self.say(key, error.what, remedy)
         except (DarkroomError, OSError, ValueError, KeyError, TypeError, pa.ArrowException, PolarsError) as error:
