@@ -8,6 +8,7 @@ Starting it again with the same parameters goes on where it stopped: what the st
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from prefect import flow
@@ -63,6 +64,10 @@ def nightly(
 
     started = time.monotonic()
     check_name(name)
+    if workers.runner == "ray":  # whose workers begin in a folder of their own
+        store, shared = (absolute(place) for place in (store, generation.model))
+        generation = generation.model_copy(update={"model": shared})
+        scoring = scoring.model_copy(update={"scorer": absolute(scoring.scorer)})
     edition = edition.replace("{date}", scheduled_date())
     recipe = default_recipe(generation.model, **generation.chosen())
     scorer = fingerprint(scoring.scorer)
@@ -186,6 +191,12 @@ def mend_all(store: str, plan: PlanRef, job: Job) -> None:
     """Read all images of a plan, and make again those that are damaged."""
     for shard in plan.shards:
         steps.mend(store, shard, job)
+
+
+def absolute(place: str) -> str:
+    """The absolute path of what is a folder here; names and URLs as they are."""
+    local = "://" not in place and (Path(place).is_dir() or place.startswith((".", "out/")))
+    return str(Path(place).absolute()) if local else place
 
 
 def scheduled_date() -> str:

@@ -21,7 +21,7 @@ from typing import Any
 from tasks import tables
 from tasks.references import ShardRef
 from tasks.store import Store, StoreError, layout
-from tasks.store.objects import may_pass
+from tasks.store.persistence import may_pass
 
 THREADS = 16  # records read at once: a remote store takes tens of milliseconds for each
 

@@ -112,6 +112,7 @@ def _develop(
             if one.pixels is not None:
                 judge.add(one.order["candidate_id"], one.order["prompt"], one.pixels)
 
+    images = 0
     try:
         made = generate_shard(
             store,
@@ -125,15 +126,16 @@ def _develop(
             care=care,
             trying=partial(_say_trying, store, job.run, shard.shard),
         )
+        images = made.made
         score_shard(store, shard, job.fingerprint, scorer, judge, clock)
         if job.judging.calibration:
             form_shard(store, shard, job.fingerprint, job.judging.calibration, scorer)
         if job.judging.safety:
             judge_shard(store, shard, job.judging.safety, scorer)
-    finally:
+    finally:  # what failed was paid for, too
         claim.release()
-    spent = clock.spent(made.made, _device())
-    record(store, job.run, shard, spent)
+        spent = clock.spent(images, _device())
+        record(store, job.run, shard, spent)
     return replace(made, seconds=spent.seconds)
 
 
