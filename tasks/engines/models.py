@@ -154,10 +154,15 @@ class ModelFolder:
 
 
 def locate(model: str) -> Path:
-    """The folder of a model: a local folder as given, else a model hub's name, from the local cache or downloaded.
+    """The folder of a model: a local folder as given; an object store's URL, else a model hub's name, from the local cache or
+    downloaded.
 
-    Raises EngineError: neither is there, or the folder is not a diffusers pipeline of a known family.
+    Raises EngineError: none of these is there, or the folder is not a diffusers pipeline of a known family.
     """
+    if "://" in model:
+        path = _from_store(model)
+        _ = ModelFolder(path).family
+        return path
     folder = Path(model).expanduser()
     if not folder.is_dir() and not HUB_NAME.fullmatch(model):
         raise EngineError(
@@ -167,6 +172,29 @@ def locate(model: str) -> Path:
     path = folder if folder.is_dir() else _from_hub(model)
     _ = ModelFolder(path).family
     return path
+
+
+def _from_store(url: str) -> Path:
+    from tasks.weights import WeightsError, fetch
+
+    try:
+        return fetch(url, _loaded_of)
+    except WeightsError as error:
+        raise EngineError(f"model {error}") from error
+
+
+def _loaded_of(names: Sequence[str]) -> list[str]:
+    """Of the names of all files of a model, those that a pipeline may load: `ModelFolder.files` before the index is read.
+
+    Published models carry the same weights several times: as one file beside the components, in half precision, as .bin.
+    """
+    inner = [name for name in names if "/" in name and name.partition("/")[0] not in NOT_LOADED]
+    single = [name for name in inner if name.rpartition("/")[2].count(".") == 1]
+    safe = [name for name in single if name.endswith(".safetensors")]
+    have_safe = {name.partition("/")[0] for name in safe}
+    old = [name for name in single if name.endswith(".bin") and name.partition("/")[0] not in have_safe]
+    outer = [name for name in names if name in ("model_index.json", DEFAULTS_FILE)]
+    return [*outer, *(name for name in inner if name.endswith(TEXT_SUFFIXES)), *safe, *old]
 
 
 @lru_cache  # a process keeps to the revision it found first, and asks the network once
