@@ -8,14 +8,14 @@ import os
 import signal
 import sys
 
+LOADERS = {"tasks.engines": "_open", "tasks.scorers": "_opened"}
+
 
 class _Patch:
-    """Wraps `_open` and `_opened`, which load the models, once their modules are imported."""
-
-    targets = {"tasks.engines": "_open", "tasks.scorers": "_opened"}
+    """Wraps what loads the models, once the modules are imported."""
 
     def find_spec(self, name, path=None, target=None):
-        if name not in self.targets:
+        if name not in LOADERS:
             return None
         sys.meta_path.remove(self)
         try:
@@ -28,7 +28,7 @@ class _Patch:
 
         def exec_module(module):
             run(module)
-            _wrap(module, self.targets[name])
+            _wrap(module, LOADERS[name])
 
         spec.loader.exec_module = exec_module
         return spec

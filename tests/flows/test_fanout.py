@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SAME = ["candidate_id", "pixel_hash", "verdict", "reason", "score"]
 
 
-def run(manifest: str, store: Path | str, workers: int = 2, **changes: Any) -> dict[str, Any]:
+def run(manifest: str, store: Path | str, workers: int | Workers = 2, **changes: Any) -> dict[str, Any]:
     settings = {"model": MODEL, "candidates": 4, "shard_size": 8, "steps": 3, **changes.pop("generation", {})}
     return nightly(
         manifest=manifest,
@@ -34,7 +34,7 @@ def run(manifest: str, store: Path | str, workers: int = 2, **changes: Any) -> d
         generation=Generation(**settings),
         scoring=Scoring(scorer=SCORER),
         policy=changes.pop("policy", Policy()),
-        workers=Workers(workers=workers),
+        workers=workers if isinstance(workers, Workers) else Workers(workers=workers),
         **changes,
     )
 
@@ -132,7 +132,29 @@ def test_no_worker_outlives_the_run(undisturbed):
     assert children() == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_ray_node_lost_in_the_middle_costs_nothing_but_time(undisturbed, small_manifest, tmp_path):
+    """Two nodes of one worker each; as soon as a shard is finished, a node is killed with all that runs on it."""
+    pytest.importorskip("prefect_ray")
+    from tests.ray_cluster import ray_cluster
+
+    store = Store(tmp_path / "store")
+
+    def kill_one(cluster: Any) -> None:
+        while not [key for key in store.list(layout.CANDIDATES) if key.endswith("index.parquet")]:
+            time.sleep(0.05)
+        cluster.kill_node(1)
+
+    with ray_cluster(nodes=2) as cluster:
+        killer = threading.Thread(target=kill_one, args=[cluster])
+        killer.start()
+        workers = Workers(runner="ray", address=cluster.address, gpus=0)
+        summary = run(small_manifest, tmp_path / "store", workers=workers)
+        killer.join()
+    assert ledger(tmp_path / "store", summary["run"])[SAME].equals(undisturbed[0][SAME])
+    assert verify(store).problems == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_run_takes_its_workers_along_and_keeps_what_is_finished(
     undisturbed, prefect_api, watched, small_manifest, tmp_path, number
 ):
