@@ -59,6 +59,10 @@ class ShardFailed:
     error: Exception
 
 
+class _Lost(Exception):
+    """Another run took the shard over."""
+
+
 Outcome = ShardMade | ShardBusy | ShardFailed
 
 
@@ -112,6 +116,12 @@ def _develop(
             if one.pixels is not None:
                 judge.add(one.order["candidate_id"], one.order["prompt"], one.pixels)
 
+    def counted(done: int) -> None:
+        if progress:
+            progress(done)
+        if claim.lost:
+            raise _Lost
+
     images = 0
     try:
         made = generate_shard(
@@ -120,7 +130,7 @@ def _develop(
             shard,
             engine,
             job.batch_size,
-            progress=progress,
+            progress=counted,
             seen=seen,
             clock=clock,
             care=care,
@@ -132,6 +142,8 @@ def _develop(
             form_shard(store, shard, job.fingerprint, job.judging.calibration, scorer)
         if job.judging.safety:
             judge_shard(store, shard, job.judging.safety, scorer)
+    except _Lost:
+        return ShardBusy(shard, "a run that took it over, since this one was silent for too long")
     finally:  # what failed was paid for, too
         claim.release()
         spent = clock.spent(images, _device())
