@@ -23,7 +23,8 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parents[1]
-STARTUP_S = 180
+STARTUP_S = 90
+STARTS = 3  # Ray gives a node up after 30 s, which a busy machine may need
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),  # a driver's own is not handed to the nodes
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -70,7 +71,15 @@ class Cluster:
             "--max-worker-port=0",
             "--disable-usage-stats",
         ]
-        log = self.folder / f"node-{number}.log"
+        for _ in range(STARTS):
+            if self._starts(command, self.folder / f"node-{number}.log"):
+                return number
+            self.kill_node(number)
+            self.nodes.pop()
+        log = (self.folder / f"node-{number}.log").read_text()
+        raise RuntimeError(f"node {number} did not start in {STARTS} tries; the log of the last ends:\n{log[-2000:]}")
+
+    def _starts(self, command: list[str], log: Path) -> bool:
         with log.open("wb") as file:
             node = subprocess.Popen(
                 command, env={**os.environ, **ENVIRONMENT}, stdout=file, stderr=file, start_new_session=True
@@ -79,11 +88,9 @@ class Cluster:
         end = time.monotonic() + STARTUP_S
         while "Ray runtime started" not in log.read_text():
             if node.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(
-                    f"node {number} did not start within {STARTUP_S} s; its log ends:\n{log.read_text()[-2000:]}"
-                )
+                return False
             time.sleep(0.1)
-        return number
+        return True
 
     def processes(self, number: int) -> list[psutil.Process]:
         """Everything that runs on a node: raylet, agents, workers."""
