@@ -7,7 +7,9 @@ again here, where it is known which shard it was, and not by Ray.
 
 import logging
 import os
+import signal
 import socket
+import threading
 from typing import Any
 
 from prefect_ray import RayTaskRunner
@@ -20,7 +22,7 @@ CONNECT_SECONDS = 10
 
 
 class Cluster(Pool):
-    """As many places as the cluster has room for, at most `Workers.workers`; the number follows the cluster."""
+    """`Workers.workers` places, for which a cluster may grow; else as many as it has room for, now and later."""
 
     def __init__(self, workers: Workers):
         super().__init__(0)
@@ -60,19 +62,22 @@ class Cluster(Pool):
 
         unit = "GPU" if self._gpus else "CPU"
         room = int(ray.cluster_resources().get(unit, 0) / (self._gpus or 1))
-        wanted = min(room, self._most or room)
+        wanted = self._most or room
         self.idle += range(self.places, wanted)
         self.places = max(self.places, wanted)
 
     def __enter__(self) -> "Cluster":
+        ends = signal.getsignal(signal.SIGTERM)  # Prefect's, by which a run is cancelled; Ray puts its own in its place
         self._runner.__enter__()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ends)
         self.grow()
         if not self.places:
             self._runner.__exit__(None, None, None)
             what = f"{self._gpus:g} GPUs a worker" if self._gpus else "a CPU a worker"
             raise PoolError(
-                f"the Ray cluster at {self._address} has no room for a worker ({what}): add nodes, or give --gpus 0 for workers "
-                "on CPUs"
+                f"the Ray cluster at {self._address} has no room for a worker ({what}): add nodes; say how many workers "
+                "to wait for (--workers), where it grows by itself; or give --gpus 0 for workers on CPUs"
             )
         return self
 
