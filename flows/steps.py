@@ -104,10 +104,15 @@ class NotAllDeveloped(DarkroomError):
         return type(self), (self.what, self.outcomes)
 
 
-@step(name="develop", task_run_name="develop {shards[0].shard} and {more} more", retries=0)
-def develop(
-    store: str, job: "Job", shards: "tuple[ShardRef, ...]", care: "dict[str, Care]", more: int = 0
-) -> "list[Outcome]":
+def _what_is_developed() -> str:
+    from prefect.runtime import task_run
+
+    first, *others = task_run.parameters["shards"]
+    return f"develop {first.shard}" + (f" and {len(others)} more" if others else "")
+
+
+@step(name="develop", task_run_name=_what_is_developed, retries=0)
+def develop(store: str, job: "Job", shards: "tuple[ShardRef, ...]", care: "dict[str, Care]") -> "list[Outcome]":
     """Make and score shards, where a worker has places for it. The store is patient by itself: a retry would begin anew."""
     worker.settle()
     from tasks.develop import ShardFailed, develop
