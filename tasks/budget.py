@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pydantic import BaseModel, Field, model_validator
 
 from tasks.errors import DarkroomError
-from tasks.judging import Judging
+from tasks.judging import Judging, results
 from tasks.plan import load_plans
 from tasks.references import PlanRef, ShardRef
 from tasks.selection import SelectionError
@@ -113,12 +113,7 @@ def finished_shards(store: Store, plan: PlanRef, fingerprint: str, judging: Judg
     """The keys of the orders of those shards that are made and judged by all that the run judges by, whoever did it."""
 
     def is_finished(shard: ShardRef) -> bool:
-        keys = [layout.shard_index(shard.recipe_id, shard.shard), layout.scores(fingerprint, shard.shard)]
-        if judging.calibration:
-            keys.append(layout.forms(fingerprint, judging.calibration, shard.shard))
-        if judging.safety:
-            keys.append(layout.safety(judging.safety, shard.shard))
-        return all(store.exists(key) for key in keys)
+        return all(map(store.exists, results(shard, fingerprint, judging)))
 
     with ThreadPoolExecutor(THREADS) as threads:
         done = threads.map(is_finished, plan.shards)

@@ -21,7 +21,7 @@ from tasks.errors import Stopped
 from tasks.gates import GateError
 from tasks.gates.safety import judge_shard
 from tasks.generate import Care, Made, generate_shard
-from tasks.judging import Judging
+from tasks.judging import Judging, results
 from tasks.references import ShardMade, ShardRef
 from tasks.score import Judge, form_shard, opened, score_shard
 from tasks.scorers import ScorerError, open_scorer
@@ -101,7 +101,7 @@ def _develop(
     clock = Clock()
     engine = partial(_noted, partial(open_engine, job.model, job.dtype, job.batch_size), clock)
     scorer = partial(_noted, partial(open_scorer, job.scorer, job.scorer_batch), clock)
-    if all(map(store.exists, _results(job, shard))):  # nobody needs to be kept from it
+    if all(map(store.exists, results(shard, job.fingerprint, job.judging))):  # nobody needs to be kept from it
         return generate_shard(store, job.run, shard, engine, job.batch_size, progress=progress, clock=clock)
     claims = _claims(store.url, job.run)
     claim = claims.take(shard.recipe_id, shard.shard)
@@ -149,16 +149,6 @@ def _develop(
         spent = clock.spent(images, _device())
         record(store, job.run, shard, spent)
     return replace(made, seconds=spent.seconds)
-
-
-def _results(job: Job, shard: ShardRef) -> list[str]:
-    """The keys of all that a shard comes to."""
-    keys = [layout.shard_index(shard.recipe_id, shard.shard), layout.scores(job.fingerprint, shard.shard)]
-    if job.judging.calibration:
-        keys.append(layout.forms(job.fingerprint, job.judging.calibration, shard.shard))
-    if job.judging.safety:
-        keys.append(layout.safety(job.judging.safety, shard.shard))
-    return keys
 
 
 # --- what a process holds ----------------------------------------------------------------------------------------------
