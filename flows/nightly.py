@@ -17,7 +17,7 @@ from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import steps
+from flows import attempts, steps
 from flows.parameters import Budget, Generation, Policy, Scoring
 from flows.progress import Progress
 from tasks.calibrate import CalibrationError
@@ -44,6 +44,8 @@ class RunIncomplete(DarkroomError):
     # one shard is generated while the one before is scored
     task_runner=ThreadPoolTaskRunner(max_workers=2),  # type: ignore[arg-type]
     description="Prompts in, a filtered, versioned, traceable image dataset out.",
+    on_completion=[attempts.ended],
+    on_failure=[attempts.ended],
 )
 def nightly(
     manifest: str = "data/manifests/demo.parquet",
@@ -100,6 +102,7 @@ def nightly(
             "budget": budget.model_dump(mode="json"),
         },
     )
+    attempts.begin(store, run)
     with Events(Store(store), run, name) as events:
         with events.step("plan", inputs=[layout.manifest(snapshot.sha256)], outputs=[layout.plan(run, 0)]):
             sizes = {"shard_size": generation.shard_size, "batch_size": generation.batch_size, "edition": edition}
