@@ -14,7 +14,7 @@ from typing import Any, Literal
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows import steps
+from flows import attempts, steps
 from flows.fanout import fan_out
 from flows.parameters import Budget, Generation, Policy, Scoring, Workers
 from flows.pools import open_pool
@@ -31,6 +31,8 @@ from tasks.store import CorruptObject, Store, layout
     name="nightly",
     flow_run_name="{name}",
     description="Prompts in, a filtered, versioned, traceable image dataset out.",
+    on_completion=[attempts.ended],
+    on_failure=[attempts.ended],
 )
 def nightly(
     manifest: str = "data/manifests/demo.parquet",
@@ -96,6 +98,7 @@ def nightly(
     job = Job(
         run, recipe.model, recipe.dtype, generation.batch_size, scoring.scorer, scorer, scoring.batch_size, judging
     )
+    attempts.begin(store, run)
     with Events(Store(store), run, name) as events:
         with events.step("plan", inputs=[layout.manifest(snapshot.sha256)], outputs=[layout.plan(run, 0)]):
             sizes = {"shard_size": generation.shard_size, "batch_size": generation.batch_size, "edition": edition}

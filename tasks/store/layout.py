@@ -16,6 +16,16 @@ def run(run: str) -> str:
     return f"runs/{run}/run.json"
 
 
+def attempts(run: str) -> str:
+    """The folder of the run's attempts whose end nobody has seen yet."""
+    return f"runs/{run}/attempts"
+
+
+def attempt(run: str, flow_run: str) -> str:
+    """Which process makes the run as which flow run of Prefect."""
+    return f"runs/{run}/attempts/{flow_run}.json"
+
+
 def plan(run: str, round: int) -> str:
     """The commit of a round's plan: the list of its shards."""
     return f"runs/{run}/plan/round-{round:02d}/plan.json"
