@@ -250,16 +250,13 @@ class _Night:
         """The shards go back; the one that was in the making goes first, with care."""
         store = Store(self.store)
         rest = [shard for shard in shards if not store.exists(layout.shard_index(shard.recipe_id, shard.shard))]
-        if step is steps.mend or not rest:
-            self._first.extend((step, shard) for shard in shards)
-            return
-        suspect = rest[0]  # they are made in this order
+        suspect = (rest or shards)[0]  # they are made in this order
         key = suspect.shard
         self._deaths[key] += 1
         if self._deaths[key] > DEATHS:
             self._fail(suspect, WorkerDied(f"{death}, {DEATHS} times over the same shard {key}"))
         else:
-            if death.alone:
+            if death.alone and step is steps.develop:
                 if candidate := tried(store, self.plan.run, key):
                     self._alone[key][candidate] += 1
                 given_up = {
@@ -268,7 +265,7 @@ class _Night:
                     if times >= ALONE_TRIES
                 }
                 self._care[key] = Care(alone=True, given_up=given_up)
-            self._first.append((steps.develop, suspect))
+            self._first.append((step, suspect))
         others = [shard for shard in shards if shard is not suspect]
         if not self.left_out:
             self._waiting.setdefault(suspect.recipe_id, deque()).extendleft(reversed(others))
