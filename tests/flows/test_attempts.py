@@ -187,7 +187,12 @@ def test_after_kill_9_the_same_command_finishes_and_prefect_knows_the_truth(
 @pytest.mark.timeout(900)
 def test_after_kill_9_prefects_temporary_server_ends_too(small_manifest: str, tmp_path: Path):
     store = tmp_path / "store"
-    environment = {"PREFECT_API_URL": "", "PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_SERVER_EPHEMERAL_ENABLED": "true"}  # fmt: skip
+    environment = {
+        "PREFECT_API_URL": "",
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # with a new database, on a busy machine
+    }
     killed = start(small_manifest, store, **environment)
     wait_until(lambda: list(store.glob("candidates/*/*/part-*.parquet")), killed)
     servers = [pid for pid, parent, command in processes() if parent == killed.pid and "create_app" in command]
