@@ -178,9 +178,9 @@ class _Worker:
 
     def __init__(self, environment: dict[str, str]):
         spawn = multiprocessing.get_context("spawn")
-        self.pid, self.images = spawn.Value("q", 0), spawn.Value("q", 0)
+        self.pid, self.images = spawn.Value("q", 0, lock=False), spawn.Value("q", 0, lock=False)
         self.runner = ProcessPoolTaskRunner(
-            max_workers=1, initializer=worker.begin, initargs=(self.pid, self.images, environment)
+            max_workers=1, initializer=worker.begin, initargs=(os.getpid(), self.pid, self.images, environment)
         )
         self.runner.__enter__()
 
