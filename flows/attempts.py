@@ -54,15 +54,11 @@ def begin(store: str, run: str) -> None:
 
     try:
         ephemeral.stop_with_us()
-        place, key, now = (
-            Store(store),
-            layout.attempt(run, flow_run.id),
-            datetime.now(UTC).isoformat(timespec="seconds"),
-        )
+        place, key = Store(store), layout.attempt(run, flow_run.id)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         with get_client(sync_client=True) as client:
-            count = client.read_flow_run(
-                uuid.UUID(flow_run.id)
-            ).run_count  # `runtime` tells that of before it was running
+            # `runtime` tells the count of before it was running
+            count = client.read_flow_run(uuid.UUID(flow_run.id)).run_count
             mine = Attempt(flow_run.id, count, _owner(os.getpid()), socket.gethostname(), os.getpid(), now)
             place.write(key, json.dumps(asdict(mine), indent=1).encode())
             _begun.setdefault(mine.flow_run, []).append((place, key))

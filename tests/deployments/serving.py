@@ -24,6 +24,7 @@ def serving(home: Path, port: int) -> Iterator[tuple[str, subprocess.Popen]]:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PORT": str(port),
         "PREFECT_HOME": str(home),
+        "OMP_NUM_THREADS": "1",  # on a busy machine several threads wait for each other most of the time
     }
     environment.pop("PREFECT_API_URL", None)
     with (home / "serve.log").open("w") as log:

@@ -3,12 +3,12 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -106,9 +106,8 @@ def test_what_is_not_certain_is_left_alone(prefect_api: str, tmp_path: Path):
     lives = left_by(store, living, Running())
     elsewhere = left_by(store, uuid.uuid4().hex, Running())  # on another machine: it never showed here that it lives
     handed_on = left_by(store, dead, Running(), Pending())  # to another process, which has not begun yet
-    retried = left_by(
-        store, dead, Running(), Failed(), Running()
-    )  # by another process, which has not written its record yet
+    # by another process, which has not written its record yet
+    retried = left_by(store, dead, Running(), Failed(), Running())
     record(store, str(uuid.uuid4()), dead)  # of another server
     store.write(layout.attempt(RUN, "torn"), b"{")
     before = store.list(layout.attempts(RUN))
@@ -135,14 +134,24 @@ def test_a_store_that_cannot_be_written_is_no_reason_to_fail(prefect_api: str, t
     assert "could not be looked after" in caplog.text
 
 
-def start(manifest: str, store: Path, **environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
+@contextmanager
+def started(manifest: str, store: Path, **environment: str) -> Iterator[subprocess.Popen]:
+    """A run in a process of its own, killed at the end at the latest. Without a server where none is named."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    # on a busy machine several threads wait for each other most of the time
+    settings = {"PREFECT_LOGGING_LEVEL": "INFO", "OMP_NUM_THREADS": "1", **environment}
+    process = subprocess.Popen(
         [sys.executable, "-c", ONE_RUN, manifest, str(store), MODEL, SCORER],
         cwd=ROOT,
-        env={**os.environ, "PREFECT_LOGGING_LEVEL": "INFO", **environment},
+        env=inherited | settings,
         stdout=(store.parent / "run.log").open("a"),
         stderr=subprocess.STDOUT,
     )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def wait_until(come: Callable[[], Any], process: subprocess.Popen | None = None) -> Any:
@@ -161,16 +170,14 @@ def test_after_kill_9_the_same_command_finishes_and_prefect_knows_the_truth(
     prefect_api: str, small_manifest: str, tmp_path: Path
 ):
     store = tmp_path / "store"
-    killed = start(small_manifest, store, PREFECT_API_URL=prefect_api)
-    wait_until(lambda: list(store.glob("candidates/*/*/part-*.parquet")), killed)
-    killed.kill()
-    killed.wait()
+    with started(small_manifest, store, PREFECT_API_URL=prefect_api) as killed:
+        wait_until(lambda: list(store.glob("candidates/*/*/part-*.parquet")), killed)
     [path] = store.glob("runs/*/attempts/*.json")
     before = read(uuid.UUID(path.stem))
     assert before.state and before.state.name == "Running"  # or this test shows nothing
 
-    again = start(small_manifest, store, PREFECT_API_URL=prefect_api)
-    assert again.wait(DEADLINE_S) == 0
+    with started(small_manifest, store, PREFECT_API_URL=prefect_api) as again:
+        assert again.wait(DEADLINE_S) == 0
     after = read(before)
     assert after.state and after.state.name == "Crashed"
     assert re.search(
@@ -188,21 +195,18 @@ def test_after_kill_9_the_same_command_finishes_and_prefect_knows_the_truth(
 def test_after_kill_9_prefects_temporary_server_ends_too(small_manifest: str, tmp_path: Path):
     store = tmp_path / "store"
     environment = {
-        "PREFECT_API_URL": "",
         "PREFECT_HOME": str(tmp_path / "prefect"),
         "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # with a new database, on a busy machine
     }
-    killed = start(small_manifest, store, **environment)
-    wait_until(lambda: list(store.glob("candidates/*/*/part-*.parquet")), killed)
-    servers = [pid for pid, parent, command in processes() if parent == killed.pid and "create_app" in command]
-    assert len(servers) == 1
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    with started(small_manifest, store, **environment) as killed:
+        wait_until(lambda: list(store.glob("candidates/*/*/part-*.parquet")), killed)
+        servers = [pid for pid, parent, command in processes() if parent == killed.pid and "create_app" in command]
+        assert len(servers) == 1
     wait_until(lambda: servers[0] not in {pid for pid, _, command in processes() if "create_app" in command})
 
 
 def processes() -> list[tuple[int, int, str]]:
     """pid, parent and command line of all processes."""
-    table = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    table = subprocess.run(["ps", "-wweo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
     return [(int(pid), int(parent), args) for pid, parent, args in (line.split(None, 2) for line in table.splitlines())]
