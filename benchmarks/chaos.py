@@ -1,302 +1,367 @@
-"""What random faults cost: runs are disturbed at random moments, and each must end as the undisturbed one does.
+"""Kills what a run stands on, at random moments, and looks whether the release is the undisturbed one's in the end.
 
-    flow           SIGKILL of the flow, which does the work itself; the same command again
-    flow, pool     SIGKILL of the flow of two workers; the same command again
-    worker         SIGKILL of one of two workers; the run goes on by itself
-    store          SIGKILL of the S3 server, back after some seconds; the run goes on by itself
-    flow, faults   SIGKILL of the flow, over a proxy that spoils 20 % of all requests to the S3 server
-    two runs       SIGKILL of one of two runs of the same manifest that are at work at once; that one again
+    flow          SIGKILL of the flow's process; the same command again
+    worker        SIGKILL of one of two worker processes; the run goes on by itself
+    flow+workers  SIGKILL of a flow with two worker processes, which have to end by themselves; the same command again
+    store         SIGKILL of the object store (a real SeaweedFS), which is away for 1 to 3 s; the run goes on by itself
+    proxy         the object store behind a proxy that spoils a fifth of the requests, and SIGKILL of the flow's process
+    two runs      two flows of one manifest in one store at once, with one policy or with two; SIGKILL of one; the same command again
 
-Every attempt is a forked process, so the heavy imports are paid once. `lost`: candidates without the pixels, verdict or score of
-the undisturbed run. `doubled`: candidates that more than one finished shard holds, or the ledger or a release twice. `torn`: what
-`verify` finds. `made_again`: images made beyond one a candidate, which were in flight when their process was killed.
+Every attempt is a forked process, so the heavy imports are paid once; the table and one line of JSON come last. Workers are spawned and
+load theirs anew: where PYTHONDONTWRITEBYTECODE is set, each compiles torch and diffusers, which takes longer than all its work.
+Of a run's workers two are killed at most: two deaths of a candidate that is made alone would rightly give it up.
 
-    python benchmarks/chaos.py [--kills 50] [--seconds 1500] [--seed 0]
+`lost`, `different`: against undisturbed runs, in shards, ledgers and releases. `doubled`: in more than one finished shard, or twice in a
+ledger or release. `torn`: what `verify` finds, and every object that cannot be read. `made_again`: images beyond one a candidate in the
+records of finished attempts; what was in flight when its process was killed is in none.
+
+    python benchmarks/chaos.py [--kills 50] [--seconds 900] [--seed 0]
 """
 
 import sys
+from pathlib import Path
 
-sys.path.pop(0)  # this folder, where the standard library would find our select.py for its own module
-sys.path.insert(0, __file__.rsplit("/", 2)[0])
+ROOT = Path(__file__).parents[1]
+# not this folder, where the standard library would find our select.py; a spawned worker comes along here, too
+sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place) not in (ROOT, ROOT / "benchmarks"))]
 
+# ruff: noqa: E402
 import argparse
 import json
+import math
 import os
 import random
 import signal
 import subprocess
 import tempfile
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable
-from itertools import cycle
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ["OMP_NUM_THREADS"] = "1"  # as two workers have on two cores: on a CPU, pixels may depend on it by ±1
 
-import diffusers  # noqa: F401  (imported before the forks)
-import open_clip  # noqa: F401
-import torch  # noqa: F401
-
-import flows.nightly
-from flows.parameters import Generation, Policy, Scoring, Workers
+from benchmarks.chaos_attempts import (
+    HANGS_S,
+    POLL_S,
+    REJECT,
+    Attempt,
+    Command,
+    Failed,
+    processes,
+    proxied,
+    write_manifest,
+)
+from benchmarks.chaos_outcome import Found, compare, outcome
 from tests.seaweedfs import BUCKET, SeaweedFS
 
-ROOT = Path(__file__).parents[1]
-PER_PROMPT, PATIENCE_S = 4, 300
-REJECT = ("0.6", "0.5")
-KINDS = ("flow", "flow", "flow, pool", "worker", "flow", "store", "flow, faults", "two runs")
-SAME = ["candidate_id", "pixel_hash", "verdict", "score"]
+# of the kills, by what one of them costs and how many moments there are that differ
+SHARES = {"flow": 0.28, "worker": 0.14, "flow+workers": 0.12, "store": 0.14, "proxy": 0.16, "two runs": 0.16}
+MOST_KILLS = {"worker": 2}  # of one run
+MOST_KILLS_ELSE = 4
+OTHER_REJECT = "0.5"
+AWAY_S = (1.0, 3.0)
+ORPHANS_S = 60.0
 
 
-def forked(work: Callable[[], None]) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        work()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+@dataclass
+class Kind:
+    """What came of one kind of fault."""
 
-
-def attempt(manifest: str, store: str, workers: int, reject: str = REJECT[0], endpoint: str = "") -> int:
-    """Start a run in a process of its own; returns its pid."""
-
-    def work() -> None:
-        if endpoint:
-            os.environ["AWS_ENDPOINT_URL"] = endpoint
-        flows.nightly.nightly(
-            manifest=manifest,
-            store=store,
-            name=f"shapes-{reject}",
-            generation=Generation(
-                model=str(ROOT / "data/models/tiny-sd"), candidates=PER_PROMPT, shard_size=16, steps=4
-            ),
-            scoring=Scoring(scorer=str(ROOT / "data/models/tiny-clip-filter")),
-            policy=Policy(reject=reject),
-            workers=Workers(workers=workers),
-        )
-
-    return forked(work)
-
-
-def ended(pid: int, seconds: float) -> bool:
-    """Whether the process ended within the time. Raises RuntimeError: it failed by itself."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            if status:
-                raise RuntimeError(f"a run failed by itself with status {status}")
-            return True
-        time.sleep(0.005)
-    return False
-
-
-def finish(pid: int) -> None:
-    if not ended(pid, PATIENCE_S):
-        kill(pid)
-        raise RuntimeError(f"a run did not end within {PATIENCE_S} s")
-
-
-def kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-
-
-def workers_of(pid: int) -> list[int]:
-    """The worker processes of a flow."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
-            if parent == pid and b"spawn_main" in (stat.parent / "cmdline").read_bytes():
-                found.append(int(stat.parent.name))
-        except (OSError, ValueError):
-            continue
-    return found
-
-
-def outcome(store: str) -> dict:
-    """What the store holds in the end, told by a process of its own (polars and s3fs must not be used before a fork)."""
-    reader, writer = os.pipe()
-    pid = forked(lambda: os.write(writer, json.dumps(_outcome(store)).encode()) and None)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        data = pipe.read()
-    os.waitpid(pid, 0)
-    return json.loads(data)
-
-
-def _outcome(url: str) -> dict:
-    import polars as pl
-
-    from tasks.accounting import read_spent
-    from tasks.runs import finished_runs, load_run
-    from tasks.store import Store, layout
-    from tasks.verify import verify
-
-    store = Store(url)
-    ledgers, doubled, made = {}, 0, 0
-    for run in finished_runs(store):
-        rows = store.read_frame(layout.ledger(run))
-        doubled += len(rows) - rows["candidate_id"].n_unique()
-        reject = load_run(store, run)["asked"]["policy"]["reject"]
-        ledgers[str(reject)] = {row[0]: row[1:] for row in rows.select(SAME).iter_rows()}
-        made += sum(attempt.spent.images for attempt in read_spent(store, run))
-    indexes = [key for key in store.list(layout.CANDIDATES) if key.endswith("/index.parquet")]
-    ids = pl.concat([store.read_frame(key, ["candidate_id"]) for key in indexes])["candidate_id"]
-    doubled += len(ids) - ids.n_unique()
-    problems = [f"{p.key}: {p.what}" for p in verify(store).problems]
-    return {"ledgers": ledgers, "doubled": doubled, "torn": problems, "made": made, "candidates": ids.n_unique()}
+    kills: int = 0
+    runs: int = 0
+    finished: int = 0
+    found: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
 
 
 class Chaos:
-    def __init__(self, folder: Path, manifest: str, server: SeaweedFS, proxy: str, seed: int):
-        self.folder, self.manifest, self.server, self.proxy = folder, manifest, server, proxy
-        self.chance = random.Random(seed)
-        self.kills: Counter[str] = Counter()
-        self.seconds: dict[str, float] = {}
-        self.truth: dict[int, dict] = {}
+    """The faults, each provoked for real."""
 
-    def undisturbed(self, workers: int) -> None:
-        """What the others must come to, for so many workers: on a CPU the number of threads shows in a few pixels."""
-        store = str(self.folder / f"undisturbed-{workers}")
-        for reject in REJECT:
-            began = time.monotonic()
-            finish(attempt(self.manifest, store, workers, reject))
-            self.seconds.setdefault(str(workers), time.monotonic() - began)
-        self.truth[workers] = outcome(store)
+    def __init__(self, folder: Path, seed: int, kills: int, seconds: float):
+        self.folder, self.random = folder, random.Random(seed)
+        self.wanted, self.until = kills, time.monotonic() + seconds
+        self.kinds = {name: Kind() for name in SHARES}
+        self.injected: Counter[str] = Counter()
+        self.slowest_orphan = 0.0
+        self.failures: list[str] = []
+        self.manifest = str(folder / "prompts.parquet")
+        self._usual: dict[str, float] = {}  # seconds an attempt of a kind takes
+        self._references: dict[tuple[int, tuple[str, ...]], Found] = {}
+        self._number = 0
+        self._server: SeaweedFS | None = None
+        self._attempts: list[Attempt] = []
 
-    def some_time(self, workers: int) -> float:
-        return self.chance.uniform(0, self.seconds[str(workers)])
+    @property
+    def landed(self) -> int:
+        return sum(kind.kills for kind in self.kinds.values())
 
-    def disturb(self, kind: str, number: int, kills_at_most: int) -> tuple[str, int]:
-        """One disturbed run, brought to its end; returns its store and its number of workers."""
-        on_s3 = kind in ("store", "flow, faults")
-        store = f"s3://{BUCKET}/chaos-{number}" if on_s3 else str(self.folder / f"chaos-{number}")
-        workers = 2 if kind in ("worker", "flow, pool") else 0
-        endpoint = {"store": self.server.endpoint, "flow, faults": self.proxy}.get(kind, "")
+    def lacks(self, name: str) -> bool:
+        """Whether a kind still lacks kills of its share, rounded up."""
+        return self.kinds[name].kills < math.ceil(SHARES[name] * self.wanted - 1e-9)
 
-        def start(reject: str = REJECT[0]) -> int:
-            return attempt(self.manifest, store, workers, reject, endpoint)
+    @property
+    def in_time(self) -> bool:
+        return time.monotonic() < self.until
 
-        pid = start()
-        other = start(REJECT[1]) if kind == "two runs" else None
-        for _ in range(kills_at_most):
-            if ended(pid, self.some_time(workers) * (2 if other else 1)):
+    def run(self) -> None:
+        try:
+            while self.in_time and (lacking := [name for name in SHARES if self.lacks(name)]):
+                self.one(min(lacking, key=lambda name: self.kinds[name].kills / SHARES[name]))
+        finally:
+            self.stop_attempts()
+            if self._server:
+                self._server.stop()
+
+    def stop_attempts(self) -> None:
+        """None is left that a failure elsewhere kept from its end."""
+        for attempt in self._attempts:
+            if not attempt.over:
+                attempt.kill()
+        self._attempts = []
+
+    def one(self, name: str) -> None:
+        """One run, disturbed until it has had enough, and what it came to."""
+        kind, began = self.kinds[name], time.monotonic()
+        kind.runs += 1
+        self._number += 1
+        before = kind.kills
+        try:
+            disturb: Callable[[Kind, str], tuple[Command, tuple[str, ...]]] = {
+                "flow": self.flow,
+                "worker": self.worker,
+                "flow+workers": self.flow_and_workers,
+                "store": self.store,
+                "proxy": self.proxy,
+                "two runs": self.two_runs,
+            }[name]
+            command, policies = disturb(kind, name)
+            kind.finished += 1
+            found = outcome(command.store, command.environment)
+            verdict = compare(found, self.reference(command.workers, policies))
+            kind.found.update(verdict.counts)
+            self.failures += [f"{name}, run {self._number}: {what}" for what in verdict.what]
+        except Failed as error:
+            self.failures.append(f"{name}, run {self._number}: {error}")
+        self.stop_attempts()
+        kind.seconds += time.monotonic() - began
+        print(
+            f"{time.monotonic() - self.until:+7.0f} s  run {self._number:3d}  {name:<12}  {kind.kills - before} kills  "
+            f"{time.monotonic() - began:5.1f} s  {len(self.failures)} failures",
+            flush=True,
+        )
+
+    # --- the kinds -----------------------------------------------------------------------------------------------------
+
+    def flow(self, kind: Kind, name: str) -> tuple[Command, tuple[str, ...]]:
+        return self.again_and_again(kind, name, Command(self.place())), (REJECT,)
+
+    def flow_and_workers(self, kind: Kind, name: str) -> tuple[Command, tuple[str, ...]]:
+        return self.again_and_again(kind, name, Command(self.place(), workers=2)), (REJECT,)
+
+    def proxy(self, kind: Kind, name: str) -> tuple[Command, tuple[str, ...]]:
+        server = self.server()
+        with proxied(server, self.random.randrange(1 << 30), self.injected) as url:
+            store = f"s3://{BUCKET}/{self._number}"
+            self.again_and_again(
+                kind, name, Command(store, environment={**server.environment, "AWS_ENDPOINT_URL": url})
+            )
+        return Command(store, environment=server.environment), (REJECT,)
+
+    def worker(self, kind: Kind, name: str) -> tuple[Command, tuple[str, ...]]:
+        command = Command(self.place(), workers=2)
+        usual = self.usual(name, command)  # before the attempt begins
+        attempt = self.start(command)
+        for _ in self.kills(name):
+            if not attempt.lives_for(self.random.uniform(0, usual)):
                 break
-            if kind == "worker":
-                if not (there := workers_of(pid)):
-                    continue
-                os.kill(self.chance.choice(there), signal.SIGKILL)
-            elif kind == "store":
-                self.server.kill()
-                time.sleep(self.chance.uniform(0.5, 3))
-                self.server.start()
-            else:
-                kill(pid)
-                pid = start()
-            self.kills[kind] += 1
-        else:
-            finish(pid)
-        if other:
-            finish(other)
-        return store, workers
-
-
-def judge(truth: dict, found: dict) -> dict[str, int]:
-    """How many candidates are lost, how many doubled, how much is torn, and what was made again."""
-    lost = sum(
-        truth["ledgers"][reject][candidate] != rows.get(candidate)
-        for reject, rows in found["ledgers"].items()
-        for candidate in truth["ledgers"][reject]
-    )
-    return {
-        "lost": lost + (not found["ledgers"]) * found["candidates"],
-        "doubled": found["doubled"],
-        "torn": len(found["torn"]),
-        "made_again": found["made"] - found["candidates"],
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seconds", type=float, default=1500, help="after which no further run is begun")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=120), tempfile.TemporaryDirectory() as name:
-        print(json.dumps(_run(Path(name), options)))
-
-
-def _run(folder: Path, options: argparse.Namespace) -> dict:
-    began = time.monotonic()
-    manifest = str(folder / "prompts.parquet")
-    os.waitpid(forked(lambda: _write_manifest(manifest)), 0)
-    (folder / "seaweedfs").mkdir()
-    server = SeaweedFS(folder / "seaweedfs")
-    server.start()
-    os.environ.update(server.environment)
-    proxy = subprocess.Popen(
-        [sys.executable, "-m", "tests.fault_proxy", "--target", server.endpoint, "--share", "0.2", "--seed", "1"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert proxy.stdout
-    url = proxy.stdout.readline().split()[-1]
-    chaos = Chaos(folder, manifest, server, url, options.seed)
-    results: dict[str, Counter[str]] = {}
-    try:
-        for workers in (0, 2):
-            chaos.undisturbed(workers)
-        for number, kind in enumerate(cycle(KINDS)):
-            left = options.kills - chaos.kills.total()
-            if left <= 0 or time.monotonic() - began > options.seconds:
+            while not (workers := attempt.workers()) and attempt.lives_for(POLL_S):
+                pass
+            if not workers:
                 break
-            result = results.setdefault(kind, Counter())
-            result["runs"] += 1
             try:
-                store, workers = chaos.disturb(kind, number, min(left, 4))
-                found = judge(chaos.truth[workers], outcome(store))
-                result.update(finished=1, **found)
-            except RuntimeError as error:
-                print(f"{kind}: {error}", file=sys.stderr)
-    finally:
-        proxy.terminate()
-        injected = json.loads((proxy.communicate()[0].splitlines() or ["{}"])[-1])
-        server.stop()
-    columns = ("runs", "finished", "lost", "doubled", "torn", "made_again")
-    print(f"{'fault':<14}{'kills':>7}" + "".join(f"{name:>12}" for name in columns))
-    for kind, result in results.items():
-        print(f"{kind:<14}{chaos.kills[kind]:>7}" + "".join(f"{result[name]:>12}" for name in columns))
-    total: Counter[str] = sum(results.values(), Counter())
+                os.kill(self.random.choice(workers), signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+            kind.kills += 1
+        attempt.lives_for(HANGS_S)
+        return command, (REJECT,)
+
+    def store(self, kind: Kind, name: str) -> tuple[Command, tuple[str, ...]]:
+        server = self.server()
+        command = Command(f"s3://{BUCKET}/{self._number}", environment=server.environment)
+        usual = self.usual(name, command)
+        attempt = self.start(command)
+        kills = 0
+        for _ in self.kills(name):
+            if not attempt.lives_for(self.random.uniform(0, usual)):
+                break
+            server.kill()
+            kind.kills, kills = kind.kills + 1, kills + 1
+            try:
+                attempt.lives_for(self.random.uniform(*AWAY_S))
+            finally:
+                server.start()
+        attempt.lives_for(HANGS_S)
+        if not kills:
+            self._usual[name] = time.monotonic() - attempt.began
+        return command, (REJECT,)
+
+    def two_runs(self, kind: Kind, name: str) -> tuple[Command, tuple[str, ...]]:
+        store = self.place()
+        other = self.random.choice([REJECT, OTHER_REJECT])
+        usual = 1.5 * self.usual(name, Command(store))
+        both = [self.start(Command(store)), self.start(Command(store, reject=other))]
+        for _ in self.kills(name):
+            victim = self.random.randrange(2)
+            if both[victim].lives_for(self.random.uniform(0, usual)):
+                both[victim].kill()
+                kind.kills += 1
+                both[victim] = self.start(both[victim].command)
+            both[1 - victim].ended()
+        for attempt in both:
+            attempt.lives_for(HANGS_S)
+        return Command(store), tuple(dict.fromkeys([REJECT, other]))
+
+    # --- what they have in common --------------------------------------------------------------------------------------
+
+    def kills(self, name: str) -> Iterator[int]:
+        for number in range(MOST_KILLS.get(name, MOST_KILLS_ELSE)):
+            if not (self.in_time and self.lacks(name)):
+                return
+            yield number
+
+    def again_and_again(self, kind: Kind, name: str, command: Command) -> Command:
+        """Killed at random moments and started again, until it ends by itself."""
+        usual, resumed = self.usual(name, command), False
+        for _ in self.kills(name):
+            attempt = self.start(command)
+            if not attempt.lives_for(self.random.uniform(0, usual)):
+                if not resumed:  # the machine is faster now, or it was slower then
+                    self._usual[name] = time.monotonic() - attempt.began
+                return command
+            self.outlived(attempt.kill())
+            kind.kills, resumed = kind.kills + 1, True
+        self.start(command).lives_for(HANGS_S)
+        return command
+
+    def outlived(self, workers: list[int]) -> None:
+        """Wait until the workers of a killed flow have ended by themselves. Raises Failed."""
+        began = time.monotonic()
+        while alive := {pid for pid, _, command in processes() if pid in workers and b"spawn_main" in command}:
+            if time.monotonic() - began > ORPHANS_S:
+                for pid in alive:
+                    os.kill(pid, signal.SIGKILL)
+                raise Failed(f"{len(alive)} workers outlived their flow by {ORPHANS_S:.0f} s")
+            time.sleep(POLL_S)
+        if workers:
+            self.slowest_orphan = max(self.slowest_orphan, time.monotonic() - began)
+
+    def start(self, command: Command) -> Attempt:
+        attempt = Attempt(command, self.manifest, self.folder / f"run-{self._number}.log")
+        self._attempts.append(attempt)
+        return attempt
+
+    def place(self) -> str:
+        return str(self.folder / f"store-{self._number}")
+
+    def server(self) -> SeaweedFS:
+        if self._server is None:
+            (self.folder / "seaweedfs").mkdir()
+            self._server = SeaweedFS(self.folder / "seaweedfs")
+            self._server.start()
+        return self._server
+
+    def usual(self, name: str, command: Command) -> float:
+        """Seconds that an attempt takes, undisturbed."""
+        if name not in self._usual:
+            self.reference(command.workers, (REJECT,))
+            self._usual[name] = self._usual[f"{command.workers} workers"]
+        return self._usual[name]
+
+    def reference(self, workers: int, policies: tuple[str, ...]) -> Found:
+        """What undisturbed runs come to, one for each policy, in one store."""
+        if (workers, policies) not in self._references:
+            store = str(self.folder / f"undisturbed-{workers}-{len(policies)}")
+            for reject in policies:
+                attempt = self.start(Command(store, workers, reject))
+                attempt.lives_for(HANGS_S)
+                took = time.monotonic() - attempt.began
+                self._usual.setdefault(f"{workers} workers", took)
+                print(f"undisturbed, {workers} workers, reject {reject}: {took:.1f} s", flush=True)
+            self._references[workers, policies] = outcome(store, {})
+        return self._references[workers, policies]
+
+
+def table(chaos: Chaos) -> str:
+    columns = ["kills", "runs", "finished", "lost", "doubled", "torn", "different", "made again"]
+    lines = ["| fault | " + " | ".join(columns) + " | seconds |", "|---" * (len(columns) + 2) + "|"]
+    for name, kind in chaos.kinds.items():
+        numbers = {"kills": kind.kills, "runs": kind.runs, "finished": kind.finished, **kind.found}
+        cells = [str(numbers.get(column.replace(" ", "_"), 0)) for column in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} | {kind.seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def figures(chaos: Chaos) -> dict[str, Any]:
+    found: Counter[str] = Counter()
+    for kind in chaos.kinds.values():
+        found.update(kind.found)
     return {
-        "kills": chaos.kills.total(),
-        **{name: total[name] for name in columns},
-        "by_kind": dict(chaos.kills),
-        "faults": injected,
-        "seconds": round(time.monotonic() - began),
+        "kills": chaos.landed,
+        "runs": sum(kind.runs for kind in chaos.kinds.values()),
+        "finished": sum(kind.finished for kind in chaos.kinds.values()),
+        **{name: found[name] for name in ("lost", "doubled", "torn", "different", "made_again")},
+        "kills_by_kind": {name: kind.kills for name, kind in chaos.kinds.items()},
+        "requests_spoiled": dict(sorted(chaos.injected.items())),
+        "slowest_orphan_s": round(chaos.slowest_orphan, 1),
     }
 
 
-def _write_manifest(path: str) -> None:
-    import polars as pl
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50, help="how many, over all kinds")
+    parser.add_argument("--seconds", type=float, default=900, help="after which nothing more is begun")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and of the proxy's faults")
+    asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaves nothing running
 
-    sys.path.insert(0, str(ROOT / "data/models"))
-    from world import all_scenes, caption
+    if not os.environ.get("PREFECT_API_URL"):  # a server of our own, and nothing of it in the process that forks
+        from prefect.settings import PREFECT_API_URL
+        from prefect.testing.utilities import prefect_test_harness
 
-    pl.DataFrame({"prompt": [caption(scene) for scene in all_scenes()[::56]]}).write_parquet(path)
+        with prefect_test_harness(server_startup_timeout=120):
+            environment = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value()}
+            chaos_itself = subprocess.Popen([sys.executable, __file__, *sys.argv[1:]], env=environment)
+            try:
+                return chaos_itself.wait()
+            finally:
+                chaos_itself.terminate()
+                chaos_itself.wait()
+
+    import diffusers  # noqa: F401  (imported before the forks)
+    import open_clip  # noqa: F401
+    import torch  # noqa: F401
+
+    import flows.nightly  # noqa: F401
+
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="darkroom-chaos-", ignore_cleanup_errors=True) as folder:
+        chaos = Chaos(Path(folder), asked.seed, asked.kills, asked.seconds)
+        write_manifest(chaos.manifest)
+        chaos.run()
+    print("\n" + table(chaos) + "\n")
+    for failure in chaos.failures:
+        print(failure)
+    if chaos.landed < asked.kills:
+        print(f"Only {chaos.landed} of {asked.kills} kills: after {time.monotonic() - began:.0f} s the time was over.")
+    result = figures(chaos)
+    print(json.dumps(result))
+    return int(bool(chaos.failures) or result["finished"] < result["runs"])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -192,4 +192,4 @@ def tried(store: Store, run: str, shard: str) -> str | None:
         return None
     candidate = store.read_json(key)["candidate"]
     store.delete(key)
-    return candidate
+    return candidate or None

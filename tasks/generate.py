@@ -194,6 +194,7 @@ class _Work:
                 for number in missing:
                     if number in suspects:
                         made = [one for order in batches[number] for one in self._alone(order, engine, recipe)]
+                        self.trying("")  # a later death is not the last one's doing
                     else:
                         made = self._make(batches[number], engine, recipe)
                     waiting.append((number, writers.submit(self._write, number, batches[number], recipe, made)))
