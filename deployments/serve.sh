@@ -30,6 +30,10 @@ done
 prefect work-pool create darkroom --type process --overwrite >/dev/null
 prefect --no-prompt deploy --prefect-file deployments/prefect.yaml --all >"$PREFECT_HOME/deploy.log" 2>&1 ||
   { cat "$PREFECT_HOME/deploy.log" >&2; exit 1; }
+automation="Crash vanished Darkroom runs"  # the one in automations.yaml; `create` would add a second one
+prefect automation inspect "$automation" >/dev/null 2>&1 ||
+  prefect automation create --from-file deployments/automations.yaml >>"$PREFECT_HOME/deploy.log" 2>&1 ||
+  { cat "$PREFECT_HOME/deploy.log" >&2; exit 1; }
 
 cat <<EOF
 

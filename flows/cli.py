@@ -87,15 +87,21 @@ def run(
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    guidance_until: Annotated[float | None, typer.Option(help="Share of the steps that are guided: faster.")] = None,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Compile the model's blocks: for large runs.")] = False,
+    attention: Annotated[str | None, typer.Option(help="Kernel for Flux's attention, by diffusers' name.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per call of the model.")] = None,
     shard_size: Annotated[int | None, typer.Option(help="Images per task.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Further rounds for prompts below their k_min, at most.")] = None,
     per_prompt: Annotated[int | None, typer.Option(help="Candidates per prompt in all rounds, at most.")] = None,
     max_candidates: Annotated[int | None, typer.Option(help="Candidates in all rounds, at most.")] = None,
-    gpu_seconds: Annotated[float | None, typer.Option(help="No further round after so much generation.")] = None,
-    money: Annotated[
-        float | None, typer.Option(help="No further round after generation cost this, at --price.")
+    gpu_seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="End the run, with a release of what is finished, once GPUs were held for so long, over all starts."
+        ),
     ] = None,
+    money: Annotated[float | None, typer.Option(help="Likewise, once that cost so much, at --price.")] = None,
     price: Annotated[float | None, typer.Option(help="Price of a GPU hour.")] = None,
     hopeless: Annotated[
         float | None, typer.Option(help="Give a prompt up whose share of usable images is surely below this.")
@@ -103,6 +109,14 @@ def run(
     canary: Annotated[
         float | None, typer.Option(help="Stop where surely more than this share of the first shard is unusable.")
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Worker processes; else one for each GPU, and without a GPU none.")
+    ] = None,
+    runner: Annotated[
+        Literal["local", "ray"], typer.Option(help="local: on this machine; ray: on an existing Ray cluster.")
+    ] = "local",
+    address: Annotated[str | None, typer.Option(help="Of the Ray cluster, host:port; else this machine's.")] = None,
+    gpus: Annotated[float | None, typer.Option(help="Ray: GPUs a worker holds; 0: a CPU instead.")] = None,
     on_bad_rows: Annotated[
         Literal["fail", "quarantine"], typer.Option(help="What to do with a bad row of the manifest.")
     ] = "fail",
@@ -114,7 +128,7 @@ def run(
     with _errors():
         from pydantic import ValidationError
 
-        from flows.parameters import Budget, Generation, Policy, Scoring
+        from flows.parameters import Budget, Generation, Policy, Scoring, Workers
 
         if calibrated_floor and floor is not None:
             raise typer.BadParameter("--floor and --calibrated-floor contradict each other: give one of them")
@@ -128,6 +142,9 @@ def run(
                     guidance=guidance,
                     width=width,
                     height=height,
+                    guidance_until=guidance_until,
+                    compiled=compiled or None,
+                    attention=attention,
                     batch_size=batch_size,
                     shard_size=shard_size,
                 )
@@ -166,6 +183,7 @@ def run(
                     canary=canary,
                 )
             )
+            crew = Workers(runner=runner, **_given(workers=workers, address=address, gpus=gpus))
         except ValidationError as error:
             raise typer.BadParameter(_in_words(error)) from error
         _check_names(manifest, store, name, generation.model, scoring)
@@ -179,6 +197,7 @@ def run(
             scoring=scoring,
             policy=policy,
             budget=budget,
+            workers=crew,
             on_bad_rows=on_bad_rows,
             edition=edition,
         )
@@ -333,12 +352,13 @@ class _errors:
         if error is None:
             return
         from tasks.errors import DarkroomError
-        from tasks.store.objects import may_pass, public
+        from tasks.store.objects import public
+        from tasks.store.persistence import of_backend
 
         if isinstance(error, DarkroomError):
             typer.secho(f"\ndarkroom: {error}", fg=typer.colors.RED, err=True)
             raise typer.Exit(1) from error
-        if isinstance(error, Exception) and (isinstance(error, OSError) or may_pass(error)):
+        if isinstance(error, Exception) and (isinstance(error, OSError) or of_backend(error)):
             typer.secho(
                 f"\ndarkroom: {type(error).__name__}: {public(str(error))}. If that is the store: is it reachable, and are its "
                 "credentials in the environment? What was finished is kept; the same command goes on from there.",

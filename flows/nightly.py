@@ -6,44 +6,33 @@ Starting it again with the same parameters goes on where it stopped: what the st
 """
 
 import time
-from collections import deque
 from collections.abc import Callable
 from functools import partial
-from queue import SimpleQueue
+from pathlib import Path
 from typing import Any, Literal
 
 from prefect import flow
-from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
-from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import steps
-from flows.parameters import Budget, Generation, Policy, Scoring
-from flows.progress import Progress
-from tasks.calibrate import CalibrationError
-from tasks.engines import EngineError, Recipe
-from tasks.errors import DarkroomError
-from tasks.gates import GateError
-from tasks.judging import Judging
+from flows import attempts, steps
+from flows.fanout import fan_out
+from flows.parameters import Budget, Generation, Policy, Scoring, Workers
+from flows.pools import open_pool
+from tasks.accounting import in_words as cost_in_words
+from tasks.develop import Job
 from tasks.lift import LiftError, check_judge, in_words, judge_sample, require_lift
 from tasks.lineage import Events
-from tasks.references import PlanRef, ShardMade, ShardRef, ShardScored
+from tasks.references import PlanRef, ShardMade
 from tasks.release import ReleaseError, check_name
-from tasks.scorers import ScorerError
 from tasks.store import CorruptObject, Store, layout
-from tasks.topup import canary_shard
-
-
-class RunIncomplete(DarkroomError):
-    """Some shards could not be finished; the others are in the store."""
 
 
 @flow(
     name="nightly",
     flow_run_name="{name}",
-    # one shard is generated while the one before is scored
-    task_runner=ThreadPoolTaskRunner(max_workers=2),  # type: ignore[arg-type]
     description="Prompts in, a filtered, versioned, traceable image dataset out.",
+    on_completion=[attempts.ended],
+    on_failure=[attempts.ended],
 )
 def nightly(
     manifest: str = "data/manifests/demo.parquet",
@@ -53,6 +42,7 @@ def nightly(
     scoring: Scoring = Scoring(),  # noqa: B008
     policy: Policy = Policy(),  # noqa: B008
     budget: Budget = Budget(),  # noqa: B008
+    workers: Workers = Workers(),  # noqa: B008
     on_bad_rows: Literal["fail", "quarantine"] = "fail",
     edition: str = "",
 ) -> dict[str, Any]:
@@ -66,6 +56,7 @@ def nightly(
         scoring: who judges them.
         policy: what is accepted.
         budget: what may be spent on prompts that lack images after the first round.
+        workers: who does the work, and how many at once.
         on_bad_rows: fail, or quarantine (leave bad rows out and write them beside the manifest snapshot).
         edition: names this batch of images. With the same settings, the same edition makes nothing new and another one makes
             new images. {date} stands for the day the run was scheduled for.
@@ -75,6 +66,10 @@ def nightly(
 
     started = time.monotonic()
     check_name(name)
+    if workers.runner == "ray":  # whose workers begin in a folder of their own
+        store, shared = (absolute(place) for place in (store, generation.model))
+        generation = generation.model_copy(update={"model": shared})
+        scoring = scoring.model_copy(update={"scorer": absolute(scoring.scorer)})
     edition = edition.replace("{date}", scheduled_date())
     recipe = default_recipe(generation.model, **generation.chosen())
     scorer = fingerprint(scoring.scorer)
@@ -100,45 +95,44 @@ def nightly(
             "budget": budget.model_dump(mode="json"),
         },
     )
+    job = Job(
+        run, recipe.model, recipe.dtype, generation.batch_size, scoring.scorer, scorer, scoring.batch_size, judging
+    )
+    attempts.begin(store, run)
     with Events(Store(store), run, name) as events:
         with events.step("plan", inputs=[layout.manifest(snapshot.sha256)], outputs=[layout.plan(run, 0)]):
             sizes = {"shard_size": generation.shard_size, "batch_size": generation.batch_size, "edition": edition}
             plan = steps.plan(store, snapshot, run, recipe, generation.candidates, policy, budget, **sizes)
         with events.step("generate", inputs=[layout.plan(run, 0)]) as event:
             rules = {"fingerprint": scorer, "policy": policy, "judging": judging, "budget": budget}
-            make = partial(
-                generate_and_score,
-                store,
-                recipe=recipe,
-                batch_size=generation.batch_size,
-                scoring=scoring,
-                scorer=scorer,
-                judging=judging,
-                canary=partial(steps.check_canary, store, **rules),
-            )
             top_up = partial(steps.top_up, store, snapshot, recipe, generation.candidates, sizes=sizes, **rules)
-            plan, made, given_up = in_rounds(plan, make, top_up)
+            end = partial(steps.end_early, store, fingerprint=scorer, judging=judging)
+            with open_pool(workers) as pool:
+                canary = partial(steps.check_canary, store, **rules)
+                make = partial(fan_out, store, job=job, pool=pool, budget=budget, canary=canary)
+                plan, made, given_up = in_rounds(plan, make, top_up, end)
             event.counts.update(made=sum(m.made for m in made), found=sum(m.found for m in made))
-        mend = partial(mend_all, store, plan, recipe, generation.batch_size)
+        mend = partial(mend_all, store, plan, job)
         for shard in judge_sample(plan) if judge else ():
             whole(mend, partial(steps.score, store, shard, scoring.judge, judge, scoring.batch_size))
         with events.step("select", inputs=[layout.plan(run, 0)], outputs=[layout.ledger(run)]) as event:
             selection = steps.select(store, plan, snapshot, scorer, policy, judging)
             event.counts.update(selection.counts)
         summary = summarize(started, plan, made)
+        costs, ended = steps.account(store, selection, budget.price)
         lift = steps.lift(store, selection, plan, judge)
         with events.step("release", inputs=[selection.ledger]) as event:
             try:
                 require_lift(lift, scoring.on_no_lift)
                 released = whole(mend, partial(steps.release, store, name, selection, plan, snapshot))
             except (ReleaseError, LiftError):  # the report shows why
-                steps.report(store, name, selection, None, plan, snapshot, policy, lift, summary)
+                steps.report(store, name, selection, None, plan, snapshot, policy, lift, summary, costs)
                 raise
             event.outputs += released.files
         with events.step("lineage", inputs=[selection.ledger], outputs=[layout.lineage_images(run)]):
             steps.lineage(store, selection, plan, snapshot, released)
         report = whole(
-            mend, partial(steps.report, store, name, selection, released, plan, snapshot, policy, lift, summary)
+            mend, partial(steps.report, store, name, selection, released, plan, snapshot, policy, lift, summary, costs)
         )
 
     return {
@@ -153,6 +147,8 @@ def nightly(
         "counts": selection.counts,
         "rejection_rate": selection.rejection_rate,
         "lift": in_words(lift),
+        "cost": cost_in_words(costs) if costs else None,
+        "ended": ended.in_words if ended else None,
         "rounds": plan.round + 1,
         "given_up": given_up,
         "dataset": name,
@@ -164,97 +160,25 @@ def nightly(
 
 def in_rounds(
     plan: PlanRef,
-    make: Callable[[PlanRef], list[ShardMade]],
-    top_up: Callable[[PlanRef, int, float], tuple[PlanRef | None, int]],
+    make: Callable[[PlanRef], tuple[list[ShardMade], str | None]],
+    top_up: Callable[[PlanRef], tuple[PlanRef | None, int]],
+    end: Callable[..., PlanRef],
 ) -> tuple[PlanRef, list[ShardMade], int]:
     """Make a plan, and then one round after the other for the prompts that still lack images.
 
-    `top_up` is told all that was planned, and how many images were made now in how many seconds. Returns all rounds' plans together, what was made, and how many
-    prompts were given up.
+    `make` says why it left shards out, if it did: then `end` tells what the run is ended with. `top_up` is told all that was planned.
+    Returns all rounds' plans together, what was made, and how many prompts were given up.
     """
-    made = make(plan)
+    made, spent = make(plan)
     while True:
-        new = [shard for shard in made if shard.made]
-        further, given_up = top_up(plan, sum(shard.made for shard in new), sum(shard.seconds for shard in new))
+        if spent:
+            return end(plan, why=spent), made, 0
+        further, given_up = top_up(plan)
         if further is None:
             return plan, made, given_up
-        made += make(further)
+        more, spent = make(further)
+        made += more
         plan = plan.and_then(further)
-
-
-def generate_and_score(
-    store: str,
-    plan: PlanRef,
-    recipe: Recipe,
-    batch_size: int,
-    scoring: Scoring,
-    scorer: str,
-    judging: Judging,
-    canary: Callable[[ShardRef], None],
-) -> list[ShardMade]:
-    """Generate shard after shard, and score each as soon as it is made, while the next one is generated.
-
-    The canary's shard goes first and alone: `canary` looks at its scores, and raises where the others would be wasted. A shard
-    found damaged is mended once. One that fails does not stop the others; a recipe the engine cannot follow is not tried again. Raises RunIncomplete at the end,
-    ScorerError at once.
-    """
-    finished: SimpleQueue[tuple[Any, ShardRef, PrefectFuture]] = SimpleQueue()
-    waiting = deque(plan.shards)
-    running = 0
-    made: list[ShardMade] = []
-    failed: list[str] = []
-    hopeless: dict[str, str] = {}  # recipe → why
-    mended: set[str] = set()  # shards that were found damaged
-    first = canary_shard(plan)
-    if first:
-        waiting.remove(first)
-        waiting.appendleft(first)
-
-    def start(step: Any, shard: ShardRef, *args: Any) -> None:
-        nonlocal running
-        running += 1
-        step.submit(store, shard, *args).add_done_callback(lambda future: finished.put((step, shard, future)))
-
-    def start_next_shard() -> None:
-        while waiting and waiting[0].recipe_id in hopeless:
-            failed.append(hopeless[waiting.popleft().recipe_id])
-        if waiting:
-            start(steps.generate, waiting.popleft(), plan.run, recipe, batch_size)
-
-    with Progress(len(plan.shards), plan.candidates) as progress:
-        start_next_shard()
-        while running:
-            step, shard, future = finished.get()
-            running -= 1
-            result = future.result(raise_on_failure=False)
-            if isinstance(result, EngineError):
-                hopeless[shard.recipe_id] = f"{type(result).__name__}: {result}"
-            damaged = isinstance(result, CorruptObject) and shard.shard not in mended
-            if step is steps.generate and not (shard is first and isinstance(result, ShardMade)):
-                start_next_shard()  # never on a score, or two shards would be generated at once
-            match result:
-                case ShardMade():
-                    made.append(result)
-                    start(steps.score, shard, scoring.scorer, scorer, scoring.batch_size, judging)
-                case ShardScored():
-                    progress.shard_done()
-                    if shard is first:
-                        canary(shard)
-                case ScorerError() | CalibrationError() | GateError():  # no other shard would fare better
-                    raise result
-                case CorruptObject() if damaged:
-                    mended.add(shard.shard)
-                    start(steps.mend, shard, plan.run, recipe, batch_size)
-                case error:
-                    failed.append(f"{type(error).__name__}: {error}")
-            if step is steps.score and shard is first and not damaged:
-                start_next_shard()
-    if failed:
-        raise RunIncomplete(
-            f"{len(failed)} of {len(plan.shards)} shards of run {plan.run} failed, first with {failed[0]}; the others are "
-            "kept. Start the same command again: it makes only what is missing"
-        )
-    return made
 
 
 def whole(mend: Callable[[], None], step: Callable[[], Any]) -> Any:
@@ -266,10 +190,16 @@ def whole(mend: Callable[[], None], step: Callable[[], Any]) -> Any:
         return step()
 
 
-def mend_all(store: str, plan: PlanRef, recipe: Recipe, batch_size: int) -> None:
+def mend_all(store: str, plan: PlanRef, job: Job) -> None:
     """Read all images of a plan, and make again those that are damaged."""
     for shard in plan.shards:
-        steps.mend(store, shard, plan.run, recipe, batch_size)
+        steps.mend(store, shard, job)
+
+
+def absolute(place: str) -> str:
+    """The absolute path of what is a folder here; names and URLs as they are."""
+    local = "://" not in place and (Path(place).is_dir() or place.startswith((".", "out/")))
+    return str(Path(place).absolute()) if local else place
 
 
 def scheduled_date() -> str:

@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
+from tasks.budget import Budget
 from tasks.scorers.forms import Form
 from tasks.select import Policy
-from tasks.topup import Budget
 
 
 class Sampler(StrEnum):
@@ -35,6 +35,26 @@ class Generation(BaseModel, frozen=True):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: float32 on CPU, bfloat16 on GPU"
     )
+    guidance_until: float = Field(
+        1,
+        gt=0,
+        le=1,
+        description="share of the steps that are guided, above 0 and up to 1: less is faster and changes images; 1: all",
+    )
+    compiled: bool = Field(
+        False, description="compile the model's blocks: faster after minutes of waiting; for large runs"
+    )
+    attention: Literal[
+        "sdpa",
+        "_native_cudnn",
+        "_native_efficient",
+        "_native_flash",
+        "_native_math",
+        "flash",
+        "_flash_3",
+        "sage",
+        "xformers",
+    ] = Field("sdpa", description="kernel that computes attention; Flux only, elsewhere sdpa (torch's fastest)")
     batch_size: int = Field(8, ge=1, le=1024, description="images per call of the model (1–1024)")
     shard_size: int = Field(128, ge=1, le=100_000, description="images per task (1–100,000)")
 
@@ -46,13 +66,30 @@ class Generation(BaseModel, frozen=True):
         return value
 
     def chosen(self) -> dict[str, Any]:
-        """What was chosen of sampler, steps, guidance, width, height and dtype; what is the model's own is left out.
+        """What was chosen of all that makes a recipe; what is the model's own, or the usual, is left out.
 
         The form shows an optional number as a switch between types, so a number that means nothing stands for "none".
         """
         own = {"sampler": "auto", "steps": 0, "guidance": -1, "width": 0, "height": 0}
+        own |= {"guidance_until": 1, "compiled": False, "attention": "sdpa"}
         given = self.model_dump(mode="json", include={*own, "dtype"})
         return {name: value for name, value in given.items() if name not in own or value != own[name]}
+
+
+class Workers(BaseModel, frozen=True):
+    """Who makes and scores the candidates. Has no part in what comes out."""
+
+    runner: Literal["local", "ray"] = Field(
+        "local", description="local: processes on this machine; ray: an existing Ray cluster"
+    )
+    workers: int = Field(
+        0,
+        ge=0,
+        le=10_000,
+        description="how many at once; 0: one for each GPU, and without any one in the flow's own process",
+    )
+    address: str = Field("auto", description="of the Ray cluster, as host:port; auto: the one this machine belongs to")
+    gpus: float = Field(1, ge=0, le=64, description="Ray: GPUs a worker holds; 0: it holds a CPU instead")
 
 
 class Scoring(BaseModel, frozen=True):
@@ -85,4 +122,4 @@ class Scoring(BaseModel, frozen=True):
         return self
 
 
-__all__ = ["Budget", "Generation", "Policy", "Sampler", "Scoring"]
+__all__ = ["Budget", "Generation", "Policy", "Sampler", "Scoring", "Workers"]

@@ -53,6 +53,10 @@ def print_summary(summary: dict[str, Any]) -> None:
         + (f" ({rate:.1%})" if rate is not None else "")
         + "".join(f", {counts[v]} {v}" for v in ("unsafe", "degenerate", "error") if counts[v]),
     )
+    if summary.get("ended"):
+        rows.add("ended early", f"by its budget: {escape(summary['ended'])}")
+    if summary.get("cost"):
+        rows.add("cost", escape(summary["cost"]))
     if summary.get("lift"):
         rows.add("lift", escape(summary["lift"]))
     rows.add("release", f"[bold]{summary['dataset']} v{summary['version']}[/]  {escape(summary['release'])}")

@@ -4,37 +4,39 @@ import contextvars
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
 from httpx import HTTPError
 
-from tasks.errors import DarkroomError
+from flows import worker
+from tasks.errors import Stopped
 
 _current: "Progress | None" = None
 
 
-class Stopped(DarkroomError):
-    """The run this work was for has ended."""
-
-
 def advance(images: int) -> None:
-    """Tell the run in this process, if one is shown here, that so many images were just made or found. Raises Stopped."""
-    if _current is not None:
+    """Tell the run, here or in the process that started this worker, that images were just made or found. Raises Stopped."""
+    if not worker.advance(images) and _current is not None:
         _current.images_done(images)
 
 
 class Progress:
-    """Shows shards done, images per second and time left while it is entered."""
+    """Shows shards done, images per second and time left while it is entered.
 
-    def __init__(self, shards: int, images: int):
+    `elsewhere` tells how many images other processes have done, ever.
+    """
+
+    def __init__(self, shards: int, images: int, elsewhere: Callable[[], int] = lambda: 0):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
 
         self.shards, self.images = shards, images
-        self._shards_done = self._images_done = 0
+        self._shards_done = self._images_done = self._in_shards = 0
+        self._elsewhere, self._before = elsewhere, elsewhere()
         self._news, self._ended = threading.Event(), False
         self._started = time.monotonic()
         self._bar = Bar(
@@ -54,13 +56,23 @@ class Progress:
         if self._ended:
             raise Stopped("the run ended while its images were made; what was finished is kept")
         self._images_done += images
-        self._bar.update(self._task, completed=self._images_done, **self._texts())
+        self._show()
 
-    def shard_done(self) -> None:
-        """One more shard was generated and scored; the artifact will soon say so."""
+    def look(self) -> None:
+        """See how far the other processes are."""
+        self._images_done = max(self._images_done, min(self.images, self._elsewhere() - self._before))
+        self._show()
+
+    def shard_done(self, images: int) -> None:
+        """One more shard, of so many images, was generated and scored; the artifact will soon say so."""
         self._shards_done += 1
-        self._bar.update(self._task, **self._texts())
+        self._in_shards += images
+        self._images_done = max(self._images_done, self._in_shards)
+        self._show()
         self._news.set()
+
+    def _show(self) -> None:
+        self._bar.update(self._task, completed=self._images_done, **self._texts())
 
     def _texts(self) -> dict[str, Any]:
         seconds = time.monotonic() - self._started

@@ -5,24 +5,30 @@ store itself knows what is done, so every step may be called again.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.states import State
 
-from flows import progress
+from flows import progress, worker
 from flows.parameters import Scoring
+from tasks.accounting import Costs
+from tasks.budget import Budget, Cut
 from tasks.engines import Recipe
+from tasks.errors import DarkroomError
 from tasks.judging import Judging
 from tasks.lift import Lift
 from tasks.references import ManifestRef, PlanRef, ReleaseRef, Selection, ShardMade, ShardRef, ShardScored
 from tasks.select import Policy
 from tasks.store import Store, layout
-from tasks.store.objects import may_pass
-from tasks.topup import Budget
+from tasks.store.persistence import may_pass
+
+if TYPE_CHECKING:
+    from tasks.develop import Job, Outcome
+    from tasks.generate import Care
 
 
 def worth_another_try(task: Any, run: TaskRun, state: State) -> bool:
@@ -77,32 +83,61 @@ def plan(
     budget: Budget,
     **sizes: Any,
 ) -> PlanRef:
+    from tasks.budget import as_ended
     from tasks.engines.models import ModelFolder, check_recipe, locate
     from tasks.plan import check_promises, plan
 
     check_promises(Store(store), manifest, candidates, policy, budget.candidates)
     folder = ModelFolder(locate(recipe.model))
-    return plan(Store(store), manifest, run, recipe, candidates, check=lambda r: check_recipe(r, folder), **sizes)
+    planned = plan(Store(store), manifest, run, recipe, candidates, check=lambda r: check_recipe(r, folder), **sizes)
+    return as_ended(Store(store), planned)
 
 
-@step(name="generate", task_run_name="generate {shard.shard}")
-def generate(store: str, shard: ShardRef, run: str, recipe: Recipe, batch_size: int) -> ShardMade:
-    from tasks.engines import open_engine
-    from tasks.generate import generate_shard
+class NotAllDeveloped(DarkroomError):
+    """Some shards of a task could not be finished; `outcomes` tells of all."""
 
-    def opened():
-        return open_engine(recipe.model, recipe.dtype, batch_size)
+    def __init__(self, what: str, outcomes: "Sequence[Outcome]"):
+        super().__init__(what)
+        self.what, self.outcomes = what, outcomes
 
-    return generate_shard(Store(store), run, shard, opened, batch_size, progress=progress.advance)
+    def __reduce__(self) -> tuple[Any, ...]:  # it may come from another process
+        return type(self), (self.what, self.outcomes)
+
+
+def _what_is_developed() -> str:
+    from prefect.runtime import task_run
+
+    first, *others = task_run.parameters["shards"]
+    return f"develop {first.shard}" + (f" and {len(others)} more" if others else "")
+
+
+@step(name="develop", task_run_name=_what_is_developed, retries=0)
+def develop(store: str, job: "Job", shards: "tuple[ShardRef, ...]", care: "dict[str, Care]") -> "list[Outcome]":
+    """Make and score shards, where a worker has places for it. The store is patient by itself: a retry would begin anew."""
+    worker.settle()
+    from tasks.develop import ShardFailed, develop
+
+    outcomes = develop(Store(store), job, shards, care, progress.advance)
+    failed = [outcome for outcome in outcomes if isinstance(outcome, ShardFailed)]
+    if failed:
+        first = failed[0]
+        raise NotAllDeveloped(
+            f"{len(failed)} of {len(shards)} shards failed, first {first.shard.shard}: {type(first.error).__name__}: "
+            f"{first.error}",
+            outcomes,
+        )
+    return outcomes
 
 
 @step(name="mend", task_run_name="mend {shard.shard}")
-def mend(store: str, shard: ShardRef, run: str, recipe: Recipe, batch_size: int) -> ShardMade:
+def mend(store: str, shard: ShardRef, job: "Job") -> ShardMade:
+    worker.settle()
     from tasks.engines import open_engine
     from tasks.generate import mend_shard
 
-    opened = functools.partial(open_engine, recipe.model, recipe.dtype)
-    return mend_shard(Store(store), run, shard, opened, batch_size)
+    return mend_shard(
+        Store(store), job.run, shard, functools.partial(open_engine, job.model, job.dtype), job.batch_size
+    )
 
 
 @step(name="score", task_run_name="score {shard.shard}")
@@ -143,8 +178,6 @@ def top_up(
     recipe: Recipe,
     candidates: int,
     so_far: PlanRef,
-    made: int,
-    seconds: float,
     *,
     fingerprint: str,
     policy: Policy,
@@ -158,18 +191,38 @@ def top_up(
     def plan_round(number: int, more: Any) -> PlanRef:
         return plan(Store(store), manifest, so_far.run, recipe, candidates, round=number, more=more, **sizes)
 
-    return next_round(Store(store), so_far, manifest, fingerprint, policy, judging, budget, made, seconds, plan_round)
+    return next_round(Store(store), so_far, manifest, fingerprint, policy, judging, budget, plan_round)
+
+
+@step(name="end early")
+def end_early(store: str, plan: PlanRef, fingerprint: str, judging: Judging, why: str) -> PlanRef:
+    """The plan of what there is, when the budget is spent."""
+    from tasks.budget import end_early, finished_shards
+
+    return end_early(Store(store), plan, finished_shards(Store(store), plan, fingerprint, judging), why)
 
 
 @step(name="select")
 def select(
     store: str, plan: PlanRef, manifest: ManifestRef, fingerprint: str, policy: Policy, judging: Judging
 ) -> Selection:
+    from tasks.budget import selecting
     from tasks.judging import further_facts
     from tasks.select import judge_run
 
     more = further_facts(Store(store), plan, fingerprint, policy, judging)
-    return judge_run(Store(store), plan, manifest, fingerprint, policy, more)
+    with selecting(Store(store), plan.run):
+        return judge_run(Store(store), plan, manifest, fingerprint, policy, more)
+
+
+@step(name="account")
+def account(store: str, selection: Selection, price: float) -> tuple[Costs | None, Cut | None]:
+    """What the run spent, in all its starts, for its accepted images; and how its budget ended it, if it did."""
+    from tasks.accounting import costs, write_accounting
+    from tasks.budget import load_cut
+
+    attempts = write_accounting(Store(store), selection.run)
+    return costs(attempts, selection.counts["accepted"], price), load_cut(Store(store), selection.run)
 
 
 @step(name="lift")
@@ -204,6 +257,7 @@ def report(
     policy: Policy,
     lift: Lift,
     summary: dict[str, Any],
+    costs: Costs | None = None,
 ) -> str:
     """Write the HTML report and the summary that Prefect shows; returns where the report is.
 
@@ -216,12 +270,11 @@ def report(
     place = Store(store)
     facts = {"This run": {title.replace("_", " "): value for title, value in summary.items() if value is not None}}
     key = layout.report(selection.run)
+    shown: dict[str, Any] = {"name": name, "policy": policy, "release": released, "lift": lift, "costs": costs}
     if released is None or released.new or not place.exists(key):
-        write_report(
-            place, selection, plan, manifest, name=name, policy=policy, release=released, lift=lift, facts=facts
-        )
+        write_report(place, selection, plan, manifest, facts=facts, **shown)
     create_markdown_artifact(
-        summarize(place, selection, plan, name=name, policy=policy, release=released, lift=lift, report=place.uri(key)),
+        summarize(place, selection, plan, report=place.uri(key), **shown),
         key=f"run-{selection.run}",
         description=f"{name}: what run {selection.run} came to",
     )

@@ -3,3 +3,7 @@
 
 class DarkroomError(Exception):
     """Something a person can act on. The message says what was received, where, and what to do next."""
+
+
+class Stopped(DarkroomError):
+    """The run this work was for has ended."""

@@ -38,6 +38,16 @@ def judging_of(asked: dict[str, Any]) -> Judging:
     return Judging(**{name: asked[name] for name in asdict(Judging()) if name in asked})
 
 
+def results(shard: ShardRef, fingerprint: str, judging: Judging) -> list[str]:
+    """The keys of all that a shard comes to; once they are there, it is finished."""
+    keys = [layout.shard_index(shard.recipe_id, shard.shard), layout.scores(fingerprint, shard.shard)]
+    if judging.calibration:
+        keys.append(layout.forms(fingerprint, judging.calibration, shard.shard))
+    if judging.safety:
+        keys.append(layout.safety(judging.safety, shard.shard))
+    return keys
+
+
 def read_candidates(store: Store, shard: ShardRef, fingerprint: str, judging: Judging) -> pl.DataFrame:
     """The candidates a shard was ordered to make: candidate_id, prompt_id, cosine, phash, error, degenerate, unsafe, score.
 

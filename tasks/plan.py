@@ -22,7 +22,7 @@ from tasks.engines import Recipe
 from tasks.errors import DarkroomError
 from tasks.references import ManifestRef, PlanRef, ShardRef
 from tasks.selection import Policy, check_quotas
-from tasks.store import Store, layout
+from tasks.store import Missing, Store, layout
 from tasks.store.objects import parquet_bytes
 
 OVERRIDES = ("width", "height", "steps", "guidance", "sampler")  # a manifest's columns that change the recipe
@@ -119,6 +119,17 @@ def check_promises(
 def load_plan(store: Store, run: str, round: int = 0) -> PlanRef:
     """The committed plan of a round. Raises Missing."""
     return _plan_ref(store.read_json(layout.plan(run, round)))
+
+
+def load_plans(store: Store, run: str) -> PlanRef:
+    """The committed plans of all rounds as one, under the number of the last. Raises Missing: the run has no plan."""
+    whole = load_plan(store, run)
+    for round in count(1):
+        try:
+            whole = whole.and_then(load_plan(store, run, round))
+        except Missing:
+            break
+    return whole
 
 
 def _plan_ref(committed: dict[str, Any]) -> PlanRef:

@@ -8,15 +8,16 @@ any run's do, and whatever reads a run (`darkroom verify`, `darkroom trace`) rea
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
+from tasks.budget import as_ended, load_cut
 from tasks.diff import Difference, differences
 from tasks.errors import DarkroomError
 from tasks.judging import further_facts, judging_of
 from tasks.lift import Lift, LiftError, in_words, measure_lift, require_lift
 from tasks.lineage import Events, record_images
-from tasks.references import ManifestRef, PlanRef, ReleaseRef, Selection, ShardRef
+from tasks.plan import load_plans
+from tasks.references import ManifestRef, PlanRef, ReleaseRef, Selection
 from tasks.release import ReleaseError, check_name, release
 from tasks.report import write_report
 from tasks.runs import load_run, open_run
@@ -118,20 +119,17 @@ def read_manifest(store: Store, sha256: str) -> ManifestRef:
 def _take_over_plans(store: Store, first: str, run: str) -> PlanRef:
     """Commit the plans of all rounds of `first` as `run`'s too; returns them as one, under the number of the last round.
 
-    Raises Missing: the first run has no plan.
+    Where its budget ended the first run, what was finished is all there is to select from. Raises Missing: the first run has
+    no plan.
     """
-    shards: list[ShardRef] = []
-    for round in count():
-        try:
+    if run != first:
+        for round in range(load_plans(store, first).round + 1):
             committed = store.read_json(layout.plan(first, round))
-        except Missing:
-            if not round:
-                raise
-            return PlanRef(run, round - 1, tuple(shards))
-        if run != first:
             store.create(layout.plan(run, round), json.dumps({**committed, "run": run}, indent=1).encode())
-        shards += [ShardRef(**shard) for shard in committed["shards"]]
-    raise AssertionError  # `count` has no end
+        if load_cut(store, first):
+            ended = {**store.read_json(layout.cut(first)), "run": run}
+            store.create(layout.cut(run), json.dumps(ended, indent=1, ensure_ascii=False).encode())
+    return as_ended(store, load_plans(store, run))
 
 
 def summary(store: Store, done: Reselected, seconds: float) -> dict[str, Any]:
@@ -152,6 +150,7 @@ def summary(store: Store, done: Reselected, seconds: float) -> dict[str, Any]:
         "images_per_second": None,
         "rounds": done.plan.round + 1,
         "given_up": done.selection.n_starved,
+        "ended": ended.in_words if (ended := load_cut(store, done.run)) else None,
         "seconds": seconds,
         "counts": counts,
         "rejection_rate": done.selection.rejection_rate,

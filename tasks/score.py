@@ -1,14 +1,17 @@
-"""How well does each image of a shard show what its prompt asks for?"""
+"""How well does each image of a shard show what its prompt asks for?
+
+A `Judge` takes images as they come: straight from the engine, while it makes the next ones, or from the store.
+"""
 
 import time
 from collections.abc import Callable
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import polars as pl
 
 from tasks import tables
+from tasks.accounting import Clock
 from tasks.calibrate import Calibration, CalibrationError, find, matrix
 from tasks.gates.phash import perceptual_hash
 from tasks.references import ShardRef, ShardScored
@@ -21,17 +24,81 @@ from tasks.store.objects import parquet_bytes
 from tasks.store.shards import read_images, read_index
 
 
-def score_shard(store: Store, shard: ShardRef, fingerprint: str, open_scorer: Callable[[], Scorer]) -> ShardScored:
+class Judge:
+    """Scores images a scorer's batch at a time; neither the order nor the company they come in changes a score."""
+
+    def __init__(self, scorer: Scorer, clock: Clock | None = None):
+        self._scorer, self._clock = scorer, clock or Clock()
+        self._waiting: list[tuple[str, str, np.ndarray]] = []  # candidate, prompt, pixels; fewer than a batch
+        self._judged: dict[str, dict[str, Any]] = {}
+
+    def add(self, candidate: str, prompt: str, pixels: np.ndarray) -> None:
+        """An image uint8 [h, w, 3] and the text it is to show."""
+        if self._waiting and self._waiting[0][2].shape != pixels.shape:
+            self._score()  # a batch is of one size
+        self._waiting.append((candidate, prompt, pixels))
+        if len(self._waiting) == self._scorer.batch_size:
+            self._score()
+
+    def __contains__(self, candidate: str) -> bool:
+        return candidate in self._judged or any(candidate == one for one, _, _ in self._waiting)
+
+    def rows(self, index: pl.DataFrame) -> list[dict[str, Any]]:
+        """Rows of SCORES, one for each candidate of a shard's index, in its order; null where it was not given an image."""
+        self._score()
+        nothing = {"cosine": None, "embedding": None, "phash": None}
+        counts = self._scorer.count_tokens(index["prompt"].to_list())
+        return [
+            {
+                "candidate_id": candidate,
+                "n_tokens": n_tokens,
+                "truncated": n_tokens > self._scorer.context_length,
+                **self._judged.get(candidate, nothing),
+            }
+            for candidate, n_tokens in zip(index["candidate_id"], counts, strict=True)
+        ]
+
+    def _score(self) -> None:
+        if not self._waiting:
+            return
+        candidates, prompts, images = zip(*self._waiting, strict=True)
+        self._waiting = []
+        with self._clock.time("score"):
+            scores = self._scorer.score(np.stack(images), prompts)
+        for candidate, image, cosine, embedding in zip(
+            candidates, images, scores.cosine, scores.embedding, strict=True
+        ):
+            self._judged[candidate] = {
+                "cosine": cosine,
+                "embedding": embedding.astype(np.float16),
+                "phash": perceptual_hash(image),
+            }
+
+
+def score_shard(
+    store: Store,
+    shard: ShardRef,
+    fingerprint: str,
+    open_scorer: Callable[[], Scorer],
+    judge: Judge | None = None,
+    clock: Clock | None = None,
+) -> ShardScored:
     """Score all candidates of a shard, also those another run ordered; the scores stand in the store under `fingerprint`.
 
-    Without opening the scorer where they do already. Raises ScorerError, Missing (the shard is not made), CorruptObject.
+    Without opening the scorer where they do already. `judge` may have seen some of the images while they were made; the others are
+    read. Raises ScorerError, Missing (the shard is not made), CorruptObject.
     """
     started = time.monotonic()
     key = layout.scores(fingerprint, shard.shard)
     if store.exists(key):
         return ShardScored(shard, 0, time.monotonic() - started)
-    scorer = _opened(store, fingerprint, open_scorer)
-    rows = _scores(store, shard, scorer)
+    judge = judge or Judge(opened(store, fingerprint, open_scorer), clock)
+    index = read_index(store, shard.recipe_id, shard.shard)
+    prompts = dict(index.select("candidate_id", "prompt").iter_rows())
+    unseen = index.filter(~pl.col("candidate_id").is_in([one for one in prompts if one in judge]))
+    for candidate, data in read_images(store, unseen):
+        judge.add(candidate, prompts[candidate], decode(data))
+    rows = judge.rows(index)
     store.create(key, parquet_bytes(tables.SCORES.conform(rows)))
     return ShardScored(shard, len(rows), time.monotonic() - started)
 
@@ -59,7 +126,7 @@ def form_shard(
     made = scores.drop_nulls().join(index, on="candidate_id", maintain_order="left")
     judged = pl.DataFrame(schema={"candidate_id": pl.String, "corrected": pl.Float64, "contrastive": pl.Float64})
     if made.height:
-        forms = _forms(made, measured, _opened(store, fingerprint, open_scorer))
+        forms = _forms(made, measured, opened(store, fingerprint, open_scorer))
         judged = made.select("candidate_id").with_columns(**forms)
     rows = scores.select("candidate_id").join(judged, on="candidate_id", how="left", maintain_order="left")
     store.create(key, parquet_bytes(tables.FORMS.conform(rows)))
@@ -85,7 +152,7 @@ def read_form(
     return scores.join(forms, on="candidate_id", how="left", maintain_order="left")
 
 
-def _opened(store: Store, fingerprint: str, open_scorer: Callable[[], Scorer]) -> Scorer:
+def opened(store: Store, fingerprint: str, open_scorer: Callable[[], Scorer]) -> Scorer:
     """The scorer, if it is the one the run expects and answers as it did before. Raises ScorerError."""
     scorer = open_scorer()
     if scorer.fingerprint != fingerprint:
@@ -114,32 +181,3 @@ def _forms(made: pl.DataFrame, measured: Calibration, scorer: Scorer) -> dict[st
                 "not defined: calibrate with a run of more, and other, prompts"
             )
     return found
-
-
-def _scores(store: Store, shard: ShardRef, scorer: Scorer) -> list[dict[str, Any]]:
-    """Rows of SCORES, one for each candidate in the shard's index, in its order."""
-    index = read_index(store, shard.recipe_id, shard.shard)
-    prompts = dict(index.select("candidate_id", "prompt").iter_rows())
-    judged: dict[str, dict[str, Any]] = {}
-    images = read_images(store, index)
-    while batch := list(islice(images, scorer.batch_size)):
-        pixels = np.stack([decode(data) for _, data in batch])
-        scores = scorer.score(pixels, [prompts[candidate] for candidate, _ in batch])
-        for (candidate, _), image, cosine, embedding in zip(
-            batch, pixels, scores.cosine, scores.embedding, strict=True
-        ):
-            judged[candidate] = {
-                "cosine": cosine,
-                "embedding": embedding.astype(np.float16),
-                "phash": perceptual_hash(image),
-            }
-    counts = scorer.count_tokens(list(prompts.values()))
-    return [
-        {
-            "candidate_id": candidate,
-            "n_tokens": n_tokens,
-            "truncated": n_tokens > scorer.context_length,
-            **judged.get(candidate, {"cosine": None, "embedding": None, "phash": None}),
-        }
-        for candidate, n_tokens in zip(prompts, counts, strict=True)
-    ]

@@ -270,6 +270,29 @@ GIVEN_UP = Table(
     ),
 )
 
+ACCOUNTING = Table(
+    "accounting",
+    1,
+    _columns(
+        Column("run", pa.string(), "the run"),
+        Column("shard", pa.string(), "the shard that was worked on"),
+        Column("recipe_id", pa.string(), "blake3 of its recipe, 32 hexadecimal digits"),
+        Column("attempt", pa.string(), "8 hexadecimal digits of the attempt; a shard may take several"),
+        Column("ended", TIME, "when the attempt was over"),
+        Column("device", pa.string(), "what it was worked on with: cpu, cuda: NVIDIA H100 80GB HBM3, …"),
+        Column("seconds", pa.float64(), "wall-clock time that the worker held its device"),
+        Column("load", pa.float64(), "of these, seconds of loading models"),
+        Column("denoise", pa.float64(), "of these, seconds of sampling"),
+        Column("decode", pa.float64(), "of these, seconds of turning latents into pixels"),
+        Column("encode", pa.float64(), "seconds of encoding images, summed over threads, beside all that"),
+        Column("upload", pa.float64(), "seconds of writing to the store, likewise"),
+        Column("score", pa.float64(), "of `seconds`, those of scoring"),
+        Column("wait", pa.float64(), "what is left of `seconds`: the device was held, and idle"),
+        Column("images", pa.int64(), "images made"),
+        Column("loads", pa.int64(), "models loaded"),
+    ),
+)
+
 DATASET = Table(
     "dataset",
     1,

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import polars as pl
-from pydantic import BaseModel, Field, model_validator
 
 from tasks import tables
+from tasks.accounting import Spent, spent_so_far
+from tasks.budget import Budget, cut, load_cut
 from tasks.errors import DarkroomError
 from tasks.judging import Judging, near_copies, read_candidates
 from tasks.plan import load_plan
@@ -42,44 +43,6 @@ HOPELESS, PROMPT_CAP, BUDGET, ROUNDS = "hopeless", "prompt_cap", "budget", "roun
 
 class CanaryDied(DarkroomError):
     """The first shard says that the rest would be wasted."""
-
-
-class Budget(BaseModel, frozen=True):
-    """How much may be spent on prompts that still lack images after the first round, and when a run is stopped early."""
-
-    rounds: int = Field(2, ge=0, le=20, description="top-up rounds at most; 0: none")
-    per_prompt: int = Field(50, ge=1, le=10_000, description="candidates per prompt at most, all rounds together")
-    candidates: int = Field(0, ge=0, description="candidates of the run at most, all rounds together; 0: no limit")
-    gpu_seconds: float = Field(0, ge=0, description="seconds of generation after which no round starts; 0: no limit")
-    money: float = Field(0, ge=0, description="what generation may cost, at the price below; 0: no limit")
-    price: float = Field(0, ge=0, description="price of a GPU hour, in the currency of the limit above")
-    hopeless: float = Field(
-        0.1, ge=0, le=1, description="give a prompt up whose acceptance is surely (95 %) below this share"
-    )
-    canary: float = Field(
-        0.95, ge=0, le=1, description="stop where more than this share of the first shard is below the floor or gated"
-    )
-
-    @model_validator(mode="after")
-    def _knows_the_price(self) -> "Budget":
-        if self.money and not self.price:
-            raise ValueError(
-                f"money {self.money} limits nothing without a price of a GPU hour: give it, or leave money at 0"
-            )
-        return self
-
-    def affordable(self, planned: int, made: int, seconds: float) -> int | None:
-        """How many more candidates may be made after `planned` ones; None: as many as are wanted.
-
-        Of those, `made` were made by this start of the run, in so many seconds; what an earlier start spent is not known.
-        """
-        left: list[float] = [self.candidates - planned] if self.candidates else []
-        limits = [self.gpu_seconds] if self.gpu_seconds else []
-        if self.money:
-            limits.append(self.money / self.price * 3600)
-        if made and seconds:
-            left += [(limit - seconds) * made / seconds for limit in limits]
-        return max(0, math.floor(min(left))) if left else None
 
 
 @dataclass(frozen=True)
@@ -179,29 +142,35 @@ def next_round(
     policy: Policy,
     judging: Judging,
     budget: Budget,
-    made: int,
-    seconds: float,
     plan_round: Callable[[int, pl.DataFrame], PlanRef],
 ) -> tuple[PlanRef | None, int]:
     """The plan of the next top-up round, or None where there is to be none; and how many prompts were then given up.
 
-    `so_far`: all rounds, made and scored; `made` images now, in `seconds` of generation. `plan_round` is called with the round's
-    number and its prompts (`TopUp.more`). A round that is committed stands, and a run that is judged gets no further one, so
-    a run started again comes to the same. Prompts given up are written to `runs/<run>/given_up.parquet`.
+    `so_far`: all rounds, made and scored. What they spent, in all starts of the run, is read from its records. `plan_round` is
+    called with the round's number and its prompts (`TopUp.more`). A round that is committed stands, as far as it was finished
+    where the budget ended the run; and a run that is judged, or ended so, gets no further one: a run started again comes to the
+    same. Prompts given up are written to `runs/<run>/given_up.parquet`.
     """
     run, number = so_far.run, so_far.round + 1
+    ended = load_cut(store, run)
     if store.exists(layout.plan(run, number)):
-        return load_plan(store, run, number), 0
+        further = load_plan(store, run, number)
+        if ended is None or (further := cut(further, set(ended.orders))).shards:
+            return further, 0
     if store.exists(layout.given_up(run)):
         return None, store.read_table(layout.given_up(run), ["prompt_id"]).num_rows
     if store.exists(layout.ledger(run)) or not _has_k_min(store, manifest, policy):
         return None, 0
     stand = standing(store, so_far, manifest, fingerprint, policy, judging)
+    if ended:
+        return None, record_given_up(store, run, stand, budget, affordable=0)
+    spent = spent_so_far(store, run) if budget.seconds is not None else Spent()
+    affordable = budget.affordable(so_far.candidates, spent.images, spent.seconds)
     if number <= budget.rounds:
-        round = top_up(stand, budget, budget.affordable(so_far.candidates, made, seconds))
+        round = top_up(stand, budget, affordable)
         if round.more.height:
             return plan_round(number, round.more), 0
-    return None, record_given_up(store, run, stand, budget, budget.affordable(so_far.candidates, made, seconds))
+    return None, record_given_up(store, run, stand, budget, affordable)
 
 
 def _has_k_min(store: Store, manifest: ManifestRef, policy: Policy) -> bool:
@@ -233,8 +202,10 @@ def standing(
     by_prompt = counted.group_by("prompt_id").agg(
         pl.col("made", "eligible").sum(), pl.col("best", "score").sort_by("score", "best", descending=True).first()
     )
-    return prompts.with_columns(pl.col("k_min").fill_null(policy.k_min)).join(
-        by_prompt, on="prompt_id", maintain_order="left"
+    return (
+        prompts.with_columns(pl.col("k_min").fill_null(policy.k_min))
+        .join(by_prompt, on="prompt_id", how="left", maintain_order="left")
+        .with_columns(pl.col("made", "eligible").fill_null(0))  # a run that was ended early did not get to all prompts
     )
 
 

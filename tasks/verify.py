@@ -17,13 +17,14 @@ import pyarrow.parquet as pq
 from polars.exceptions import PolarsError
 
 from tasks import tables
+from tasks.budget import load_cut
 from tasks.errors import DarkroomError
 from tasks.identity import sha256
 from tasks.ingest import content_digest
 from tasks.judging import judging_of
 from tasks.references import ShardRef
 from tasks.runs import finished_runs, load_recipe, load_run
-from tasks.store import Missing, Store, StoreError, images, layout, snapshots
+from tasks.store import CorruptObject, Missing, Store, StoreError, StoreUnreachable, images, layout, snapshots
 from tasks.store.shards import index_keys, read_index
 
 THREADS = 8  # shards checked at once; each holds one part in memory
@@ -38,6 +39,11 @@ AGAIN = "delete it and start the run again with the same command: it is made ane
 PLAN_AGAIN = (
     "delete the plan.json beside it and those of later rounds, and the run's given_up.parquet and ledger.parquet; then start "
     "the run again with the same command: they are made anew (a run selected from another one: select again)"
+)
+
+CUT_AGAIN = (
+    "restore it, or delete it and the run's given_up.parquet and ledger.parquet, and start the run again with the same command "
+    "(a run selected from another one: select again)"
 )
 
 
@@ -65,6 +71,8 @@ class Report:
             yield
         except Missing as error:
             self.say(key, error.what, remedy.removeprefix("delete it and "))
+        except StoreUnreachable:  # says nothing about the object, which nobody should delete for that
+            raise
         except StoreError as error:
             self.say(key, error.what, remedy)
         except (DarkroomError, OSError, ValueError, KeyError, TypeError, pa.ArrowException, PolarsError) as error:
@@ -195,13 +203,28 @@ def _check_run(store: Store, run: str, report: Report) -> None:
                 store.read_json(layout.scorer(scorer))
         planned = _check_plan(store, run, ledger, report)
         _check_judgements(store, run, ledger, report)
-        _compare(report, key, "its plan asks for", planned, "it judges", set(ledger["candidate_id"]), AGAIN)
+        if planned is not None:
+            _compare(report, key, "its plan asks for", planned, "it judges", set(ledger["candidate_id"]), AGAIN)
         _check_lineage(store, run, ledger, report)
 
 
-def _check_plan(store: Store, run: str, ledger: pl.DataFrame, report: Report) -> set[str]:
-    """Each shard of the run's rounds has orders, an index and scores that cover them. Returns the planned candidates."""
+def _check_plan(store: Store, run: str, ledger: pl.DataFrame, report: Report) -> set[str] | None:
+    """Each shard of the run's rounds has orders, an index and scores that cover them. Returns the planned candidates.
+
+    Where its budget ended the run, that concerns the shards it was ended with; None where nobody knows which these are.
+    """
+    try:
+        ended = load_cut(store, run)
+    except CorruptObject as error:
+        report.say(layout.cut(run), error.what, CUT_AGAIN)
+        return None
+    return _check_shards(store, run, set(ended.orders) if ended else None, ledger, report)
+
+
+def _check_shards(store: Store, run: str, only: set[str] | None, ledger: pl.DataFrame, report: Report) -> set[str]:
+    """`only`: keys of orders; None: all that the plans have."""
     planned: set[str] = set()
+    seen: set[str] = set()
     plans = [key for key in store.list(layout.plans(run)) if key.endswith("/plan.json")]
     scorers = ledger["scorer"].unique().to_list()
     if not plans:
@@ -210,6 +233,9 @@ def _check_plan(store: Store, run: str, ledger: pl.DataFrame, report: Report) ->
         with report.about(key, AGAIN):
             for facts in store.read_json(key)["shards"]:
                 shard = ShardRef(**facts)
+                seen.add(shard.orders)
+                if only is not None and shard.orders not in only:
+                    continue
                 with report.about(shard.orders, PLAN_AGAIN):
                     ids = set(store.read_table(shard.orders, ["candidate_id"])[0].to_pylist())
                     planned |= ids
@@ -220,6 +246,8 @@ def _check_plan(store: Store, run: str, ledger: pl.DataFrame, report: Report) ->
                     _check_made(store, run, shard, ids, ledger, report)
                     for scorer in scorers:
                         _check_scores(store, layout.scores(scorer, shard.shard), ids, ledger, report)
+    if strange := sorted((only or set()) - seen):
+        report.say(layout.cut(run), f"names {len(strange)} shards that no plan has, first {strange[0]}", CUT_AGAIN)
     return planned
 
 

@@ -43,6 +43,7 @@ class Painter:
     """An engine without a model."""
 
     model, digest, batch_size = RECIPE.model, RECIPE.model_digest, BATCH
+    device, load_seconds = "cpu", 0.0
 
     def prepare(self, prompts: Sequence[tuple[str, str]]) -> None:
         pass

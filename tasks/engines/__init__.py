@@ -4,18 +4,37 @@ Another engine is another file here with a class that has `Engine`'s members, an
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tasks.errors import DarkroomError
-from tasks.identity import digest
 from tasks.model_thread import on_model_thread
 
 if TYPE_CHECKING:
     import numpy as np
 
 SAMPLERS = ("ddpm", "ddim", "dpm++", "plms", "euler", "euler_a", "unipc", "lcm")
+# sdpa is torch's own choice; the others are diffusers' names for kernels that compute attention in another way. Those that
+# diffusers would fetch from a hub (`…_hub`) are left out: their code could change under a recipe's id.
+ATTENTION = (
+    "sdpa",
+    "_native_cudnn",
+    "_native_efficient",
+    "_native_flash",
+    "_native_math",
+    "flash",
+    "_flash_3",
+    "sage",
+    "xformers",
+)
+
+
+OPTIONS = (
+    "guidance_until",
+    "compiled",
+    "attention",
+)  # fields of Recipe that are part of its id when they are not at default
 
 
 class EngineError(DarkroomError):
@@ -35,13 +54,21 @@ class Recipe:
     height: int  # pixels
     dtype: str  # float32, bfloat16, float16
     engine: str = "diffusers"
+    guidance_until: float = 1.0  # share of the steps (0–1) after which guidance is switched off; 1: never
+    compiled: bool = False  # whether the model's repeated blocks are compiled: faster, and rounded otherwise
+    attention: str = "sdpa"  # one of ATTENTION
 
     def identity(self) -> dict[str, Any]:
-        """The part of the recipe that decides pixels."""
-        return {name: value for name, value in asdict(self).items() if name != "model"}
+        """The part of the recipe that decides pixels. Options that came later count only where they are used: ids stay."""
+        unused = {
+            field.name for field in fields(self) if field.name in OPTIONS and asdict(self)[field.name] == field.default
+        }
+        return {name: value for name, value in asdict(self).items() if name != "model" and name not in unused}
 
     @property
     def recipe_id(self) -> str:
+        from tasks.identity import digest  # here, so that an engine also runs where there is no polars
+
         return digest(self.identity())
 
 
@@ -56,10 +83,17 @@ class Order:
 
 @dataclass(frozen=True)
 class Images:
-    """What an engine made: `pixels` uint8 [n, height, width, 3]; `finite` bool [n], False where NaN or Inf became pixels."""
+    """What an engine made: `pixels` uint8 [n, height, width, 3]; `finite` bool [n], False where NaN or Inf became pixels.
+
+    The seconds are wall-clock time of this call: until the last latents were there, and from then to the pixels. `batch` is
+    how many images the model was called with, fillers included: less than the engine's batch size where memory ran out.
+    """
 
     pixels: "np.ndarray"
     finite: "np.ndarray"
+    denoise_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    batch: int = 0
 
 
 class Engine(Protocol):
@@ -68,6 +102,8 @@ class Engine(Protocol):
     model: str
     digest: str
     batch_size: int
+    device: str  # "cpu", "cuda: NVIDIA H100 80GB HBM3"
+    load_seconds: float  # that opening it took
 
     def prepare(self, prompts: Sequence[tuple[str, str]]) -> None:
         """Encode the distinct (prompt, negative prompt) pairs a shard needs, once; forget those no longer needed."""

@@ -5,15 +5,19 @@ every call of the text encoder and of the model has the same batch size. So it i
 in the batch and wherever it stands there. What does show, by ±1 in a few values in 100,000, are another batch size and, on
 CPU, another number of threads: their sums are added up in another order.
 
-What needs no torch (`locate`, `model_digest`, `default_recipe`, `token_limits`) is in `models`, the samplers in `samplers`.
+What needs no torch (`locate`, `model_digest`, `default_recipe`, `token_limits`) is in `models`; the samplers are in `samplers`,
+the prompts' embeddings in `texts`, the way from latents to pixels in `decoding`, what makes it faster in `speed`.
 """
 
-from collections import deque
+import logging
+import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tasks.engines import EngineError, Images, Order, Recipe
+from tasks.engines.decoding import Decoding, quantised, synchronise
+from tasks.engines.memory import free_memory, is_out_of_memory
 from tasks.engines.models import (
     ModelFolder,
     check_recipe,
@@ -24,18 +28,16 @@ from tasks.engines.models import (
     token_limits,
 )
 from tasks.engines.samplers import build_sampler
+from tasks.engines.speed import channels_last, options
+from tasks.engines.texts import Texts
 from tasks.model_thread import on_model_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import numpy as np
-    import torch
-
 __all__ = ["DiffusersEngine", "default_recipe", "locate", "model_digest", "token_limits"]
 
-TEXT_BATCH = 8
-SHARDS_REMEMBERED = 4  # as many threads may share one engine without encoding each other's prompts again
+log = logging.getLogger(__name__)
 
 
 class DiffusersEngine:
@@ -45,15 +47,19 @@ class DiffusersEngine:
     """
 
     def __init__(self, model: str, dtype: str, batch_size: int):
+        started = time.perf_counter()
         self.model = model
         self.dtype = resolve_dtype(dtype)
         self.batch_size = batch_size
+        self._batch = batch_size  # images the pipeline is really called with: fewer once memory ran out
         self._folder = ModelFolder(locate(model))
         self.digest = model_digest(self._folder.path)
         self._pipeline = _load(self._folder, self.dtype)
-        self._finite = _watch_decoder(self._pipeline)
-        self._embeddings: dict[str, tuple[torch.Tensor, ...]] = {}
-        self._remembered: deque[set[str]] = deque(maxlen=SHARDS_REMEMBERED)
+        self._decoding = Decoding(self._pipeline)
+        self._texts = Texts(self._pipeline, self._folder.family)
+        self.device = _device_name(self._pipeline)
+        synchronise(self._pipeline.device.type)
+        self.load_seconds = time.perf_counter() - started
 
     @on_model_thread
     def prepare(self, prompts: Sequence[tuple[str, str]]) -> None:
@@ -61,29 +67,46 @@ class DiffusersEngine:
 
         Forgets those of earlier shards, except for the latest few. Raises EngineError: out of memory.
         """
-        texts = {text for prompt, negative in prompts for text in self._texts(prompt, negative)}
-        with _engine_errors(self.model):
-            self._remembered.append(texts)
-            kept = set().union(*self._remembered)
-            self._embeddings = {text: value for text, value in self._embeddings.items() if text in kept}
-            self._embed(sorted(texts))
+        with _engine_errors(self.model), _inference():
+            self._texts.prepare(prompts)
 
     @on_model_thread
     def generate(self, orders: Sequence[Order], recipe: Recipe) -> Images:
         """Make 1 … batch_size images; a smaller batch is filled up with copies of its last order, which are dropped.
 
+        Where memory runs out, the batch is halved for good and all orders are made with the smaller one, so that the images
+        are those of an engine opened with it.
+
         Raises EngineError: the recipe is for another model or precision, asks for what the model cannot do, or the
-        device ran out of memory. Any other exception concerns these orders only.
+        device ran out of memory for a single image. Any other exception concerns these orders only.
         """
+        self._check(recipe, len(orders))
+        with _engine_errors(self.model), _inference():
+            self._texts.require(orders)
+            while True:
+                try:
+                    parts = [
+                        self._call(orders[start : start + self._batch], recipe)
+                        for start in range(0, len(orders), self._batch)
+                    ]
+                    return _together(parts)
+                except RuntimeError as error:
+                    if self._batch == 1 or not is_out_of_memory(error):
+                        raise
+                # Here the error, and with it all that its frames held, is gone.
+                self._halve(recipe)
+
+    def _call(self, orders: Sequence[Order], recipe: Recipe) -> Images:
+        """One call of the pipeline, with exactly `_batch` orders."""
         import torch
 
-        self._check(recipe, len(orders))
-        padded = [*orders, *[orders[-1]] * (self.batch_size - len(orders))]
-        with _engine_errors(self.model), torch.no_grad():
-            self._pipeline.scheduler = self._sampler(recipe)
-            self._finite.clear()
+        started = time.perf_counter()
+        padded = [*orders, *[orders[-1]] * (self._batch - len(orders))]
+        self._pipeline.scheduler = self._sampler(recipe)
+        with options(self._pipeline, recipe, self._folder.family.chooses_attention) as more:
             made = self._pipeline(
-                **self._conditioning(padded, recipe),
+                **self._texts.conditioning(padded, recipe),
+                **more,
                 generator=[torch.Generator().manual_seed(order.seed) for order in padded],
                 num_inference_steps=recipe.steps,
                 guidance_scale=recipe.guidance,
@@ -91,7 +114,17 @@ class DiffusersEngine:
                 height=recipe.height,
                 output_type="pt",
             ).images
-            return Images(_quantised(made)[: len(orders)], self._finite.pop()[: len(orders)])
+        pixels, finite = quantised(made), self._decoding.finite  # copied to the CPU, so the device is done
+        ended, began = time.perf_counter(), self._decoding.began
+        return Images(pixels[: len(orders)], finite[: len(orders)], began - started, ended - began, self._batch)
+
+    def _halve(self, recipe: Recipe) -> None:
+        before, self._batch = self._batch, max(1, self._batch // 2)
+        free_memory()
+        log.warning(
+            "model '%s': %s ran out of memory at %d images of %d×%d pixels a call; it goes on with %d",
+            *(self.model, self.device, before, recipe.width, recipe.height, self._batch),
+        )
 
     def _check(self, recipe: Recipe, n: int) -> None:
         if (recipe.model_digest, recipe.dtype) != (self.digest, self.dtype):
@@ -113,88 +146,32 @@ class DiffusersEngine:
             raise EngineError(f"sampler 'lcm' cannot take {recipe.steps} steps: {error}") from error
         return sampler
 
-    # --- texts -------------------------------------------------------------------------------------------------------
 
-    def _texts(self, prompt: str, negative_prompt: str) -> list[str]:
-        if not self._folder.family.negative or self._zeros_for(negative_prompt):
-            return [prompt]
-        return [prompt, negative_prompt]
+def _together(parts: Sequence[Images]) -> Images:
+    """The images of several calls as one answer."""
+    import numpy as np
 
-    def _zeros_for(self, negative_prompt: str) -> bool:
-        """Whether the pipeline stands for "no negative prompt" with zeros instead of an encoded empty text (SDXL)."""
-        return not negative_prompt and bool(self._pipeline.config.get("force_zeros_for_empty_prompt"))
-
-    def _embed(self, texts: Sequence[str]) -> list[tuple["torch.Tensor", ...]]:
-        """For each text (embedding [tokens, d],) or with the pooled one, (…, [d]); encoded when first met, in full batches."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._embeddings]
-        for start in range(0, len(new), TEXT_BATCH):
-            batch = new[start : start + TEXT_BATCH]
-            encoded = self._encode([*batch, *[batch[0]] * (TEXT_BATCH - len(batch))])
-            for place, text in enumerate(batch):  # copies, which do not keep the batch in memory
-                self._embeddings[text] = tuple(tensor[place].clone() for tensor in encoded)
-        return [self._embeddings[text] for text in texts]
-
-    def _encode(self, texts: list[str]) -> tuple["torch.Tensor", ...]:
-        import torch
-
-        encode = self._pipeline.encode_prompt
-        with torch.no_grad():
-            match type(self._pipeline).__name__:
-                case "StableDiffusionPipeline":
-                    return (encode(texts, self._pipeline.device, 1, False)[0],)
-                case "StableDiffusionXLPipeline":
-                    embedding, _, pooled, _ = encode(texts, do_classifier_free_guidance=False)
-                case "StableDiffusion3Pipeline":
-                    embedding, _, pooled, _ = encode(texts, texts, texts, do_classifier_free_guidance=False)
-                case _:
-                    limit = self._folder.family.max_t5_tokens
-                    embedding, pooled, _ = encode(texts, texts, max_sequence_length=limit)
-        return embedding, pooled
-
-    def _embed_negative(self, order: Order) -> tuple["torch.Tensor", ...]:
-        import torch
-
-        if self._zeros_for(order.negative_prompt):
-            return tuple(torch.zeros_like(tensor) for tensor in self._embed([order.prompt])[0])
-        return self._embed([order.negative_prompt])[0]
-
-    def _conditioning(self, orders: Sequence[Order], recipe: Recipe) -> dict[str, "torch.Tensor"]:
-        """The pipeline's arguments that carry the texts, stacked over the batch."""
-        names = ("prompt_embeds", "pooled_prompt_embeds")
-        given = dict(zip(names, _stack(self._embed([order.prompt for order in orders])), strict=False))
-        if self._folder.family.negative and recipe.guidance > 1:  # at or below 1 the pipelines do not guide
-            negative = _stack([self._embed_negative(order) for order in orders])
-            given |= zip((f"negative_{name}" for name in names), negative, strict=False)
-        return given
+    return Images(
+        np.concatenate([part.pixels for part in parts]),
+        np.concatenate([part.finite for part in parts]),
+        sum(part.denoise_seconds for part in parts),
+        sum(part.decode_seconds for part in parts),
+        parts[0].batch,
+    )
 
 
-def _stack(embeddings: list[tuple["torch.Tensor", ...]]) -> list["torch.Tensor"]:
+def _inference() -> Any:
+    """No gradients, and less book-keeping than `no_grad`."""
     import torch
 
-    return [torch.stack(tensors) for tensors in zip(*embeddings, strict=True)]
+    return torch.inference_mode()
 
 
-def _quantised(images: "torch.Tensor") -> "np.ndarray":
-    """uint8 [n, h, w, 3] of images [n, 3, h, w] in [0, 1], rounded as diffusers' own PIL output is; NaN becomes 0."""
+def _device_name(pipeline: Any) -> str:
     import torch
 
-    return images.float().mul(255).round().nan_to_num(0).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def _watch_decoder(pipeline: Any) -> list["np.ndarray"]:
-    """A list to which every call of the VAE's decoder adds bool [n]: which latents and images are finite.
-
-    It has to be seen there: a decoder may squash infinite latents to finite pixels (that of TAESD begins with a tanh), and
-    the pipeline clamps what it returns to [0, 1], and infinity with it.
-    """
-    finite: list[np.ndarray] = []
-
-    def look(_module: Any, inputs: tuple["torch.Tensor", ...], image: "torch.Tensor") -> None:
-        seen = inputs[0].isfinite().flatten(1).all(1) & image.isfinite().flatten(1).all(1)
-        finite.append(seen.cpu().numpy())
-
-    pipeline.vae.decoder.register_forward_hook(look)
-    return finite
+    kind = pipeline.device.type
+    return f"cuda: {torch.cuda.get_device_name(pipeline.device)}" if kind == "cuda" else kind
 
 
 def _load(folder: ModelFolder, dtype: str) -> Any:
@@ -206,13 +183,18 @@ def _load(folder: ModelFolder, dtype: str) -> Any:
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     more: dict[str, Any] = {}
+    precision: Any = getattr(torch, dtype)
     if folder.index["_class_name"] == "StableDiffusionPipeline":
         more = {"safety_checker": None, "requires_safety_checker": False}
     elif folder.index["_class_name"] == "StableDiffusionXLPipeline":
         more = {"add_watermarker": False}  # else pixels depend on whether `invisible-watermark` happens to be installed
+        if precision == torch.float16:
+            # Its VAE overflows in float16. The pipeline would cast it to and fro in every call, and leave alone one whose
+            # configuration does not own up to it.
+            precision = {"default": precision, "vae": torch.float32}
     try:
         pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(
-            folder.path, dtype=getattr(torch, dtype), local_files_only=True, **more
+            folder.path, dtype=precision, local_files_only=True, **more
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise EngineError(
@@ -221,7 +203,10 @@ def _load(folder: ModelFolder, dtype: str) -> Any:
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     with _engine_errors(str(folder.path)):
-        return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+        pipeline = pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+        if pipeline.device.type == "cuda":  # on CPU it would be slower, and round otherwise
+            channels_last(pipeline)
+    return pipeline
 
 
 @contextmanager
@@ -231,11 +216,9 @@ def _engine_errors(model: str) -> "Iterator[None]":
 
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise EngineError(f"model '{model}': {error}; use a smaller batch size, image size or dtype") from error
-    except torch.AcceleratorError as error:
-        raise EngineError(f"model '{model}': the device failed: {error}; start the run again") from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # how torch says it of the machine's own memory
-            raise
-        raise EngineError(f"model '{model}': {error}; use a smaller batch size or image size") from error
+    except RuntimeError as error:  # the others here are kinds of it
+        if is_out_of_memory(error):
+            raise EngineError(f"model '{model}': {error}; use a smaller batch size, image size or dtype") from error
+        if isinstance(error, torch.AcceleratorError):
+            raise EngineError(f"model '{model}': the device failed: {error}; start the run again") from error
+        raise

@@ -1,6 +1,7 @@
 """What can be known of a diffusers model from its folder alone, without torch and in well under a second."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -8,12 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tasks.engines import EngineError, Recipe, TokenLimit
+from tasks.engines import ATTENTION, EngineError, Recipe, TokenLimit
 from tasks.engines.samplers import check_sampler
-from tasks.identity import digest, sha256_file_once
-from tasks.wordwise import Counter, wordwise
+
+if TYPE_CHECKING:
+    from tasks.wordwise import Counter
 
 TEXT_SUFFIXES = (".json", ".txt", ".model")
 DEFAULTS_FILE = "darkroom.json"  # beside model_index.json: {"steps": …, "guidance": …, "sampler": …}, any of them
@@ -41,15 +43,18 @@ class Family:
     defaults: Defaults
     negative: bool = True  # whether a negative prompt has an effect
     max_t5_tokens: int = 0  # 0: has no T5
+    chooses_attention: bool = (
+        False  # whether its attention goes through diffusers' dispatcher; elsewhere a choice has no effect
+    )
 
 
 FAMILIES = {
     "StableDiffusionPipeline": Family(Defaults(30, 7.5, "dpm++")),
     "StableDiffusionXLPipeline": Family(Defaults(30, 5.0, "dpm++")),
     "StableDiffusion3Pipeline": Family(Defaults(28, 7.0, "euler"), max_t5_tokens=256),
-    "FluxPipeline": Family(Defaults(28, 3.5, "euler"), negative=False, max_t5_tokens=512),
+    "FluxPipeline": Family(Defaults(28, 3.5, "euler"), negative=False, max_t5_tokens=512, chooses_attention=True),
 }
-FLUX_SCHNELL = Family(Defaults(4, 0.0, "euler"), negative=False, max_t5_tokens=256)
+FLUX_SCHNELL = Family(Defaults(4, 0.0, "euler"), negative=False, max_t5_tokens=256, chooses_attention=True)
 
 
 @dataclass(frozen=True)
@@ -108,13 +113,23 @@ class ModelFolder:
 
     @property
     def _distilled(self) -> Defaults | None:
-        """SD Turbo, SDXL Turbo and SDXL Lightning ship an Euler sampler with trailing spacing; no other published model does."""
+        """Few-step models. SD Turbo, SDXL Turbo and SDXL Lightning ship an Euler sampler with trailing spacing, and latent
+        consistency models (LCM) their own; no other published model does."""
         euler = {"EulerDiscreteScheduler": "euler", "EulerAncestralDiscreteScheduler": "euler_a"}
         config = self.scheduler
+        if config["_class_name"] == "LCMScheduler":
+            return Defaults(4, 8.0 if self.embeds_guidance else 1.0, "lcm")
         trailing = config.get("timestep_spacing") == "trailing"
         if trailing and config["_class_name"] in euler and config.get("prediction_type", "epsilon") == "epsilon":
             return Defaults(4, 0.0, euler[config["_class_name"]])
         return None
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the model is told the guidance scale, as distilled ones are, so that a step is one call without guidance."""
+        if "unet" in self.index:
+            return self.config("unet/config.json").get("time_cond_proj_dim") is not None
+        return not self.family.negative
 
     @property
     def _vae_factor(self) -> int:
@@ -154,10 +169,15 @@ class ModelFolder:
 
 
 def locate(model: str) -> Path:
-    """The folder of a model: a local folder as given, else a model hub's name, from the local cache or downloaded.
+    """The folder of a model: a local folder as given; an object store's URL, else a model hub's name, from the local cache or
+    downloaded.
 
-    Raises EngineError: neither is there, or the folder is not a diffusers pipeline of a known family.
+    Raises EngineError: none of these is there, or the folder is not a diffusers pipeline of a known family.
     """
+    if "://" in model:
+        path = _from_store(model)
+        _ = ModelFolder(path).family
+        return path
     folder = Path(model).expanduser()
     if not folder.is_dir() and not HUB_NAME.fullmatch(model):
         raise EngineError(
@@ -167,6 +187,29 @@ def locate(model: str) -> Path:
     path = folder if folder.is_dir() else _from_hub(model)
     _ = ModelFolder(path).family
     return path
+
+
+def _from_store(url: str) -> Path:
+    from tasks.weights import WeightsError, fetch
+
+    try:
+        return fetch(url, _loaded_of)
+    except WeightsError as error:
+        raise EngineError(f"model {error}") from error
+
+
+def _loaded_of(names: Sequence[str]) -> list[str]:
+    """Of the names of all files of a model, those that a pipeline may load: `ModelFolder.files` before the index is read.
+
+    Published models carry the same weights several times: as one file beside the components, in half precision, as .bin.
+    """
+    inner = [name for name in names if "/" in name and name.partition("/")[0] not in NOT_LOADED]
+    single = [name for name in inner if name.rpartition("/")[2].count(".") == 1]
+    safe = [name for name in single if name.endswith(".safetensors")]
+    have_safe = {name.partition("/")[0] for name in safe}
+    old = [name for name in single if name.endswith(".bin") and name.partition("/")[0] not in have_safe]
+    outer = [name for name in names if name in ("model_index.json", DEFAULTS_FILE)]
+    return [*outer, *(name for name in inner if name.endswith(TEXT_SUFFIXES)), *safe, *old]
 
 
 @lru_cache  # a process keeps to the revision it found first, and asks the network once
@@ -191,6 +234,8 @@ def _from_hub(model: str) -> Path:
 
 def model_digest(folder: Path) -> str:
     """The id of a model's weights: 32 hexadecimal digits over the names and the sha256 of the files a pipeline loads."""
+    from tasks.identity import digest, sha256_file_once  # here, so that an engine also runs where there is no polars
+
     files = ModelFolder(folder).files()
     return digest(sorted([file.relative_to(folder).as_posix(), sha256_file_once(file)] for file in files))
 
@@ -203,10 +248,13 @@ def default_recipe(
     width: int | None = None,
     height: int | None = None,
     dtype: str = "auto",
+    guidance_until: float = 1.0,
+    compiled: bool = False,
+    attention: str = "sdpa",
 ) -> Recipe:
     """The recipe for a model, with its own defaults for what is not given; `width` and `height` in pixels.
 
-    Raises EngineError: the model is not there, or it cannot be sampled with that sampler or at that size.
+    Raises EngineError: the model is not there, or it cannot be sampled with that sampler, at that size or with those options.
     """
     folder = ModelFolder(locate(model))
     own, (own_width, own_height) = folder.defaults, folder.size
@@ -219,6 +267,9 @@ def default_recipe(
         width=own_width if width is None else width,
         height=own_height if height is None else height,
         dtype=resolve_dtype(dtype),
+        guidance_until=float(guidance_until),
+        compiled=compiled,
+        attention=attention,
     )
     check_recipe(recipe, folder)
     return recipe
@@ -231,6 +282,41 @@ def check_recipe(recipe: Recipe, folder: ModelFolder) -> None:
         raise EngineError(
             f"model '{recipe.model}' cannot make images of {recipe.width}×{recipe.height} pixels: width and height "
             f"must be multiples of {folder.multiple}"
+        )
+    _check_guidance_until(recipe, folder)
+    if recipe.attention not in ATTENTION:
+        raise EngineError(f"attention '{recipe.attention}' is not known; these are: {', '.join(ATTENTION)}")
+    if recipe.attention != "sdpa" and not folder.family.chooses_attention:
+        takers = ", ".join(name for name, family in FAMILIES.items() if family.chooses_attention)
+        raise EngineError(
+            f"attention '{recipe.attention}' has no effect on model '{recipe.model}' ({folder.index['_class_name']}), only on "
+            f"{takers}: leave it at sdpa, which takes torch's fastest"
+        )
+
+
+def guided_steps(steps: int, guidance_until: float) -> int:
+    """How many of the steps are guided: at least that share of them."""
+    return math.ceil(round(steps * guidance_until, 6))  # 0.07 · 100 is 7.000000000000001
+
+
+def _check_guidance_until(recipe: Recipe, folder: ModelFolder) -> None:
+    until = recipe.guidance_until
+    if until == 1:
+        return
+    if not 0 < until < 1:
+        raise EngineError(
+            f"guidance_until {until} is no share of the steps: use more than 0, up to 1 (guidance to the end)"
+        )
+    reason = ""
+    if folder.embeds_guidance:
+        reason = "needs one call a step anyway"
+    elif recipe.guidance <= 1:
+        reason = f"is not guided at guidance {recipe.guidance:g}"
+    elif guided_steps(recipe.steps, until) >= recipe.steps:
+        reason = f"would be guided in all of its {recipe.steps} steps all the same"
+    if reason:
+        raise EngineError(
+            f"guidance_until {until:g} has no effect: model '{recipe.model}' {reason}; leave it at 1, or change steps or guidance"
         )
 
 
@@ -257,10 +343,12 @@ def token_limits(model: str) -> list[TokenLimit]:
     return limits
 
 
-def _token_counter(folder: Path) -> Counter:
+def _token_counter(folder: Path) -> "Counter":
     if not (folder / "tokenizer.json").exists():
         return _slow_token_counter(folder)
     from tokenizers import Tokenizer
+
+    from tasks.wordwise import wordwise
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
@@ -270,9 +358,11 @@ def _token_counter(folder: Path) -> Counter:
     )
 
 
-def _slow_token_counter(folder: Path) -> Counter:
+def _slow_token_counter(folder: Path) -> "Counter":
     """For older folders, which have their vocabulary in other files: transformers knows them all, but loads slowly."""
     from transformers import AutoTokenizer
+
+    from tasks.wordwise import wordwise
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import polars as pl
 
+from tasks import accounting
 from tasks.lift import Lift
 from tasks.references import Selection
 from tasks.select import Policy
@@ -223,3 +224,67 @@ def interval(lift: Lift | None) -> Interval | None:
     points = (0.0, lift.judge.low, lift.judge.high, lift.judge.lift)
     first, span = min(points), (max(points) - min(points)) or 1.0
     return Interval(*(round(4 + 92 * (point - first) / span, 2) for point in points))
+
+
+PHASES = {
+    "denoise": "denoise",
+    "decode": "decode",
+    "score": "score",
+    "load": "load models",
+    "wait": "wait",
+}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the bar that shows where the time of the devices went."""
+
+    name: str  # as `accounting` calls it
+    label: str
+    seconds: float
+    share: float  # of the seconds that devices were held
+    width: float  # percent of the bar
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the report tells of a run's costs, as text, and the bar."""
+
+    seconds: str
+    unit: str
+    devices: str
+    speed: str  # images per second of one device; empty: no image was made
+    each: str  # seconds per accepted image; empty: none was accepted
+    money: str  # empty: no price was given
+    money_each: str
+    bar: tuple[Phase, ...]
+    alongside: str  # what other threads did at the same time, as shares
+
+
+def cost(costs: accounting.Costs) -> Cost:
+    each, money, money_each = costs.seconds_per_accepted, costs.money, costs.money_per_accepted
+    seconds = {phase: getattr(costs.spent, phase) for phase in PHASES}
+    whole = sum(seconds.values()) or 1.0
+    bar = (
+        Phase(phase, PHASES[phase], spent, costs.shares.get(phase, 0.0), round(100 * spent / whole, 3))
+        for phase, spent in seconds.items()
+        if spent
+    )
+    return Cost(
+        seconds=number(costs.spent.seconds),
+        unit="GPU seconds" if costs.on_gpu else "Device seconds",
+        devices=accounting.devices(costs),
+        speed=number(costs.images_per_second) if costs.images_per_second is not None else "",
+        each=number(each) if each is not None else "",
+        money=accounting.amount(money) if money is not None else "",
+        money_each=accounting.amount(money_each) if money_each is not None else "",
+        bar=tuple(bar),
+        alongside=", ".join(f"{phase} {percent(share)}" for phase, share in costs.alongside.items() if share),
+    )
+
+
+def number(value: float) -> str:
+    """Three digits, or all of a whole number: 0.0123, 1.94, 412, 51,234."""
+    if not value:
+        return "0"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}"

@@ -19,6 +19,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tasks import tables
+from tasks.accounting import Costs
+from tasks.budget import load_cut
 from tasks.lift import Lift, signed
 from tasks.references import ManifestRef, PlanRef, ReleaseRef, Selection
 from tasks.report import figures, showcase
@@ -44,12 +46,13 @@ def write_report(
     release: ReleaseRef | None = None,
     facts: Mapping[str, Mapping[str, Any]] | None = None,
     lift: Lift | None = None,
+    costs: Costs | None = None,
     limit: int = LIMIT,
 ) -> str:
     """Write the run's report and return its key.
 
     `name` is the dataset's; `facts` are further things worth knowing, as title → name → value (say, "Timings, seconds");
-    `lift` fills the section on whether the filter helps; at most `limit` images are embedded. Raises Missing, CorruptObject.
+    `lift` fills the section on whether the filter helps, `costs` the one on what it cost; at most `limit` images are embedded. Raises Missing, CorruptObject.
     """
     ledger = showcase.read_ledger(store, selection)
     strips = showcase.extremes(ledger)
@@ -73,6 +76,9 @@ def write_report(
         facts=facts or {},
         lift=lift,
         interval=figures.interval(lift),
+        costs=costs,
+        cost=figures.cost(costs) if costs else None,
+        ended=load_cut(store, selection.run),
         total=ledger.height,
         verdicts=VERDICTS,
         histogram=figures.histogram(ledger, (policy.floor,) if policy.floor > -1 else ()),

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from tasks.lift import Lift, in_words
+from tasks.accounting import Costs, in_words
+from tasks.budget import Cut, load_cut
+from tasks.lift import Lift
+from tasks.lift import in_words as lift_in_words
 from tasks.references import PlanRef, ReleaseRef, Selection
 from tasks.report import figures, showcase
 from tasks.report.contact_sheet import contact_sheet
@@ -38,6 +41,7 @@ def summarize(
     release: ReleaseRef | None = None,
     report: str | None = None,
     lift: Lift | None = None,
+    costs: Costs | None = None,
 ) -> str:
     """The summary of a finished run as markdown; `report` is where the whole report is. Raises Missing, CorruptObject."""
     ledger = showcase.read_ledger(store, selection)
@@ -51,6 +55,8 @@ def summarize(
         release=release,
         report=report,
         lift=lift,
+        costs=costs,
+        ended=load_cut(store, selection.run),
     )
 
 
@@ -64,22 +70,26 @@ def summary_markdown(
     release: ReleaseRef | None = None,
     report: str | None = None,
     lift: Lift | None = None,
+    costs: Costs | None = None,
+    ended: Cut | None = None,
 ) -> str:
-    """Counts by verdict, rejection rate, release and both contact sheets with their prompts and scores."""
+    """Counts by verdict, rejection rate, release, costs and both contact sheets with their prompts and scores."""
     total = sum(selection.counts.values())
     released = f"version {release.version}, {release.rows:,} rows" if release else "not released"
     parts = [
         f"# {_plain(name)}\n\n**{figures.headline(selection)}.** Rejection rate "
         f"{figures.percent(selection.rejection_rate)}, asked for {figures.asked(policy)}. Dataset: {released}. Run `{selection.run}`.",
+        f"**The budget ended this run early:** {_plain(ended.in_words, 400)}." if ended else "",
         f"Report: `{report}`" if report else "",
         "| verdict | candidates | share | reasons |\n|---|---:|---:|---|\n"
         + "\n".join(_verdict(verdict, selection, total) for verdict in VERDICTS),
         _lift(lift) if lift else "",
+        f"What it cost: {_plain(in_words(costs), 400)}." if costs else "",
         _section("Accepted", accepted, selection.counts.get("accepted", 0)),
         _section("Rejected", rejected, selection.counts.get("rejected", 0)),
     ]
     if selection.n_starved:
-        parts.insert(3, f"{selection.n_starved:,} prompts got fewer images than asked for; the report lists them.")
+        parts.insert(4, f"{selection.n_starved:,} prompts got fewer images than asked for; the report lists them.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -104,7 +114,7 @@ def _verdict(verdict: str, selection: Selection, total: int) -> str:
 
 
 def _lift(lift: Lift) -> str:
-    told = f"Does the filter help? {_plain(in_words(lift), 400)}."
+    told = f"Does the filter help? {_plain(lift_in_words(lift), 400)}."
     return f"**{told}**" if lift.warning else told
 
 

@@ -73,14 +73,17 @@ class Located:
 
 
 def locate(model: str) -> Located:
-    """Find the files of a local folder (open_clip_config.json and weights), of `hf-hub:org/name`, or of
-    `Architecture/tag` such as `ViT-B-32/laion2b_s34b_b79k`. Files of the hub come from its local cache, or are fetched.
+    """Find the files of a local folder (open_clip_config.json and weights), of the same under an object store's URL, of
+    `hf-hub:org/name`, or of `Architecture/tag` such as `ViT-B-32/laion2b_s34b_b79k`. Files of the hub and of an object store
+    come from their local cache, or are fetched.
 
     Raises ScorerError: nothing of that name, no weights, or a tokenizer that does not belong to the model.
     """
     architecture, _, tag = model.partition("/")
     if model.startswith(HUB):
         located = _located(model, _fetched(model.removeprefix(HUB)))
+    elif "://" in model:
+        located = _located(model, _from_store(model))
     elif Path(model).is_dir():
         located = _located(model, Path(model))
     elif (_package() / "model_configs" / f"{architecture}.json").is_file():
@@ -88,7 +91,7 @@ def locate(model: str) -> Located:
     else:
         raise ScorerError(
             f"scorer '{model}' is neither a folder here nor an open_clip architecture with a tag: give a folder with "
-            f"{CONFIG} and {WEIGHTS[0]}, hf-hub:org/name, or Architecture/tag"
+            f"{CONFIG} and {WEIGHTS[0]} or its URL, hf-hub:org/name, or Architecture/tag"
         )
     if located.tokenizer is None and located.text.get("vocab_size", DEFAULT_VOCABULARY) != DEFAULT_VOCABULARY:
         raise ScorerError(
@@ -97,6 +100,19 @@ def locate(model: str) -> Located:
             'folder and "hf_tokenizer_name": "./" into text_cfg'
         )
     return located
+
+
+def _from_store(url: str) -> Path:
+    from tasks.weights import WeightsError, fetch
+
+    def needed(names: Sequence[str]) -> list[str]:
+        weights = next((name for name in WEIGHTS if name in names), CONFIG)
+        return [name for name in names if name in (CONFIG, weights, *TOKENIZER)]
+
+    try:
+        return fetch(url, needed)
+    except WeightsError as error:
+        raise ScorerError(f"scorer {error}") from error
 
 
 def _located(model: str, folder: Path) -> Located:

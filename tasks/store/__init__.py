@@ -1,5 +1,6 @@
 """The object store: where things are (`layout`), how they are written (`objects`), how a version is committed (`snapshots`)."""
 
-from tasks.store.objects import CorruptObject, Missing, Store, StoreError
+from tasks.store.errors import CorruptObject, DiskFailed, DiskFull, Missing, StoreError, StoreUnreachable
+from tasks.store.objects import Store
 
-__all__ = ["CorruptObject", "Missing", "Store", "StoreError"]
+__all__ = ["CorruptObject", "DiskFailed", "DiskFull", "Missing", "Store", "StoreError", "StoreUnreachable"]

@@ -16,6 +16,16 @@ def run(run: str) -> str:
     return f"runs/{run}/run.json"
 
 
+def attempts(run: str) -> str:
+    """The folder of the run's attempts whose end nobody has seen yet."""
+    return f"runs/{run}/attempts"
+
+
+def attempt(run: str, flow_run: str) -> str:
+    """Which process makes the run as which flow run of Prefect."""
+    return f"runs/{run}/attempts/{flow_run}.json"
+
+
 def plan(run: str, round: int) -> str:
     """The commit of a round's plan: the list of its shards."""
     return f"runs/{run}/plan/round-{round:02d}/plan.json"
@@ -38,6 +48,26 @@ def ledger(run: str) -> str:
 def given_up(run: str) -> str:
     """Prompts that got fewer images than they must, and why."""
     return f"runs/{run}/given_up.parquet"
+
+
+def cut(run: str) -> str:
+    """Where its budget ended the run: which shards it was ended with, and why."""
+    return f"runs/{run}/cut.json"
+
+
+def spent(run: str, shard: str, attempt: str) -> str:
+    """What an attempt at a shard spent; `attempt`: 8 hexadecimal digits of its own, so that none overwrites another's."""
+    return f"runs/{run}/spent/{shard}-{attempt}.json"
+
+
+def all_spent(run: str) -> str:
+    """The folder of what all attempts spent."""
+    return f"runs/{run}/spent"
+
+
+def accounting(run: str) -> str:
+    """What all attempts spent, as one table."""
+    return f"runs/{run}/accounting.parquet"
 
 
 def report(run: str) -> str:
@@ -75,6 +105,16 @@ def part(recipe_id: str, shard: str, batch: int) -> str:
 def shard_index(recipe_id: str, shard: str) -> str:
     """The commit of a shard: one row a candidate, with the part that holds it."""
     return f"candidates/recipe={recipe_id}/{shard}/index.parquet"
+
+
+def claims(recipe_id: str, shard: str) -> str:
+    """The folder of the claims of a shard."""
+    return f"candidates/recipe={recipe_id}/{shard}/claims"
+
+
+def claim(recipe_id: str, shard: str, number: int) -> str:
+    """The n-th claim of a shard: who makes it just now. Only the highest number counts."""
+    return f"candidates/recipe={recipe_id}/{shard}/claims/{number:06d}.json"
 
 
 def scorer(fingerprint: str) -> str:
@@ -134,3 +174,8 @@ def lineage_events(run: str) -> str:
 
 def lineage_images(run: str) -> str:
     return f"lineage/images/{run}.parquet"
+
+
+def trying(run: str, shard: str) -> str:
+    """The candidate that is made alone just now, since its batch killed a worker."""
+    return f"runs/{run}/trying/{shard}.json"

@@ -11,13 +11,10 @@ import json
 import os
 import re
 import threading
-import time
-import uuid
-from collections.abc import Sequence
-from contextlib import suppress
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TypeVar
 
 import fsspec
 import polars as pl
@@ -27,43 +24,41 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tasks.errors import DarkroomError
 from tasks.identity import sha256
+from tasks.store import disk
+from tasks.store.errors import CorruptObject, DiskFailed, DiskFull, Missing, StoreError, StoreUnreachable
+from tasks.store.persistence import PATIENCE_S, answer, may_pass, persist, was_tried_again
 
 LOOK = "run `darkroom verify` for all that is wrong and what to do"
-TEMPORARY = "_tmp"  # files grow here and are then renamed or linked; never read, safe to delete when idle
-ABANDONED_SECONDS = 24 * 3600  # after which no writer still works on a temporary file
 # user:password@, where half of all AWS secrets hold a "/" (Azure's container@account is none)
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*:[^@\s]*@")
 _SIGNATURE = re.compile(r"(?<=\?)[^\s'\"]*(?:sig|signature|token|credential)=[^\s'\"]*", re.IGNORECASE)
+T = TypeVar("T")
 
-
-class StoreError(DarkroomError):
-    """The store could not be reached or refused. `what` is the message without the remedy, for who knows a better one."""
-
-    def __init__(self, what: str, remedy: str = ""):
-        super().__init__(f"{what}; {remedy}" if remedy else what)
-        self.what, self.remedy = what, remedy
-
-    def __reduce__(self) -> tuple[Any, ...]:  # Prefect pickles what a task raises
-        return type(self), (self.what, self.remedy)
-
-
-class Missing(StoreError):
-    """An object that should be there is not."""
-
-
-class CorruptObject(StoreError):
-    """An object is there, but its bytes are not those that were written."""
+__all__ = [
+    "CorruptObject",
+    "DiskFailed",
+    "DiskFull",
+    "Missing",
+    "Store",
+    "StoreError",
+    "StoreUnreachable",
+    "may_pass",
+    "parquet_bytes",
+    "public",
+]
 
 
 class Store:
     """A root URL and the objects under it, addressed by keys such as `runs/ab12/ledger.parquet`.
 
     Credentials come from the environment or fsspec's own configuration, never from Darkroom's parameters.
+
+    Every operation on a store behind a network is tried again for `patience_s` (`persistence`), then raises StoreUnreachable;
+    writing to a local disk raises DiskFull, DiskFailed. What will not pass (no such bucket, no right to it) comes at once.
     """
 
-    def __init__(self, url: str | Path, fs: fsspec.AbstractFileSystem | None = None):
+    def __init__(self, url: str | Path, fs: fsspec.AbstractFileSystem | None = None, *, patience_s: float = PATIENCE_S):
         stripped = str(url).rstrip("/")
         self.url = str(url) if not stripped or stripped.endswith(":") else stripped  # memory:// is a root as it is
         if _CREDENTIALS.search(self.url):
@@ -73,8 +68,7 @@ class Store:
             )
         if fs is None:
             try:
-                # a cached listing would hide what other processes write: `exists` trusts it
-                fs, root = url_to_fs(self.url, use_listings_cache=False)
+                fs, root = _opened(self.url)
             except (ImportError, ValueError) as error:
                 raise StoreError(
                     f"store '{public(self.url)}' cannot be opened: {error}. Use file://, s3://, gs://, az:// "
@@ -82,7 +76,7 @@ class Store:
                 ) from error
         else:
             root = fs._strip_protocol(self.url)
-        self.fs, self.root = fs, str(root).rstrip("/")
+        self.fs, self.root, self.patience_s = fs, str(root).rstrip("/"), patience_s
         if isinstance(fs, LocalFileSystem) and os.path.isfile(self.root):
             raise StoreError(f"store '{self.url}' is a file", "name a folder, which may be a new one")
 
@@ -100,12 +94,17 @@ class Store:
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def exists(self, key: str) -> bool:
-        return bool(self.fs.isfile(self.path(key)))
+        if not self._remote:
+            return bool(self.fs.isfile(self.path(key)))
+        try:  # `isfile` says no to every error: what is there would be made again, or counted as lost
+            return bool(self._persist("look for", key, lambda: self.fs.info(self.path(key)))["type"] == "file")
+        except FileNotFoundError:
+            return False
 
     def read(self, key: str, sha256_: str | None = None) -> bytes:
         """The object's bytes. Raises Missing, or CorruptObject where `sha256_` is given and differs."""
         try:
-            data = self.fs.cat_file(self.path(key))
+            data = self._persist("read", key, lambda: self.fs.cat_file(self.path(key)))
         except FileNotFoundError as error:
             raise Missing(f"{self.uri(key)} does not exist", LOOK) from error
         if sha256_ is not None and sha256(data) != sha256_:
@@ -128,9 +127,14 @@ class Store:
 
         Raises Missing, CorruptObject (torn file, or sha256 differs), OSError (the store cannot be read just now).
         """
+        if sha256_:
+            return self._table(key, columns, io.BytesIO(self.read(key, sha256_)))
+        return self._persist("read", key, lambda: self._table(key, columns))
+
+    def _table(self, key: str, columns: Sequence[str] | None, source: io.BytesIO | None = None) -> pa.Table:
         try:
-            source: Any = io.BytesIO(self.read(key, sha256_)) if sha256_ else self.fs.open(self.path(key), "rb")
-            with source, pq.ParquetFile(source) as file:  # `pq.read_table` would import pandas, for a second
+            opened: Any = source or self.fs.open(self.path(key), "rb")
+            with opened, pq.ParquetFile(opened) as file:  # `pq.read_table` would import pandas, for a second
                 return file.read(columns=list(columns) if columns else None)
         except FileNotFoundError as error:
             raise Missing(f"{self.uri(key)} does not exist", LOOK) from error
@@ -154,7 +158,8 @@ class Store:
         """Key → bytes of what is under a prefix."""
         self.fs.invalidate_cache()
         try:
-            found = self.fs.find(self.path(prefix), detail=True)
+            with self._undisturbed():
+                found = self._persist("list", prefix, lambda: self.fs.find(self.path(prefix), detail=True))
         except FileNotFoundError:
             return {}
         return {str(path)[len(self.root) + 1 :]: facts["size"] for path, facts in found.items()}
@@ -165,48 +170,67 @@ class Store:
         """Put an object, replacing what was there; a reader sees the old or the new bytes, never a mixture."""
         path = self.path(key)
         if isinstance(self.fs, LocalFileSystem):
-            temporary = self._temporary(data)
-            _make_parent(path)
-            os.replace(temporary, path)
+            with disk.temporary(self.root, path, len(data)) as temporary:
+                disk.write(temporary, data)
+                os.replace(temporary, path)
         else:
-            self.fs.pipe_file(path, data)
+            self._persist("write", key, lambda: self.fs.pipe_file(path, data))
 
     def create(self, key: str, data: bytes) -> bool:
-        """Put an object only if there is none. Returns whether this call put it; exactly one of many racers gets True."""
+        """Put an object only if there is none. Returns whether this call put it; exactly one of many racers gets True.
+
+        Where an answer was lost on the way, an object with just these bytes counts as this call's. That is safe: an object
+        made by `create` is never changed, so equal bytes are this call's or a racer's that wrote the same. Racers of whom one
+        must know that it won put something of their own into the bytes, such as a writer's id.
+        """
         path = self.path(key)
         if isinstance(self.fs, LocalFileSystem):
-            temporary = self._temporary(data)
-            _make_parent(path)
-            try:
-                os.link(temporary, path)
-                return True
-            except FileExistsError:
-                return False
-            except OSError as error:
-                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP):
-                    raise
-                raise StoreError(
-                    f"the file system of store '{self.url}' has no hard links ({error.strerror}), without which two writers "
-                    "could overwrite each other",
-                    "put the store on another disk or into an object store",
-                ) from error
-            finally:
-                os.unlink(temporary)
+            with disk.temporary(self.root, path, len(data)) as temporary:
+                disk.write(temporary, data)
+                return self._linked(temporary, path)
         if isinstance(self.fs, MemoryFileSystem):
-            with _memory_lock:
+            with self._undisturbed():
                 if self.fs.exists(path):
                     return False
                 self.fs.pipe_file(path, data)
                 return True
+        # other file systems than S3's, as it is set up here, do not tell whether they sent a request twice
+        unclear = getattr(self.fs, "retries", None) != 1
+
+        def put() -> bool:
+            nonlocal unclear
+            try:
+                self.fs.pipe_file(path, data, mode="create")
+                return True
+            except Exception as error:
+                unclear = unclear or was_tried_again(error)
+                if _is_there(error):
+                    return False
+                unclear = True
+                raise
+
+        return self._persist("create", key, put) or (unclear and self._holds(key, data))
+
+    def _linked(self, temporary: str, path: str) -> bool:
         try:
-            self.fs.pipe_file(path, data, mode="create")
+            os.link(temporary, path)
             return True
-        except FileExistsError:  # AWS, MinIO, moto, GCS
+        except FileExistsError:
             return False
-        except OSError as error:  # SeaweedFS
-            if error.errno == errno.EINVAL and "condition" in str(error).lower():
-                return False
-            raise
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP):
+                raise
+            raise StoreError(
+                f"the file system of store '{self.url}' has no hard links ({error.strerror}), without which two writers "
+                "could overwrite each other",
+                "put the store on another disk or into an object store",
+            ) from error
+
+    def _holds(self, key: str, data: bytes) -> bool:
+        try:
+            return self.read(key) == data
+        except Missing:  # deleted since
+            return False
 
     def write_table(self, key: str, table: pa.Table, **options: Any) -> str:
         """Put a Parquet object; returns its sha256."""
@@ -218,64 +242,52 @@ class Store:
         """Put a finished local file, too large to hold in memory, as an object."""
         path = self.path(key)
         if isinstance(self.fs, LocalFileSystem):
-            temporary = f"{self._temporary_folder()}/{uuid.uuid4().hex}"
-            self.fs.put_file(str(local), temporary)
-            with open(temporary, "rb") as file:
-                _to_disk(file)
-            _make_parent(path)
-            os.replace(temporary, path)
+            with disk.temporary(self.root, path, os.path.getsize(local)) as temporary:
+                disk.copy(str(local), temporary)
+                os.replace(temporary, path)
         else:
-            self.fs.put_file(str(local), path)
+            self._persist("write", key, lambda: self.fs.put_file(str(local), path))
 
     def delete(self, key: str) -> None:
-        if self.exists(key):
-            self.fs.rm_file(self.path(key))
+        with (
+            self._undisturbed(),
+            suppress(FileNotFoundError),
+        ):  # another's doing, or an earlier try's whose answer was lost
+            if self.exists(key):
+                self._persist("delete", key, lambda: self.fs.rm_file(self.path(key)))
 
-    def _temporary_folder(self) -> str:
-        folder = f"{self.root}/{TEMPORARY}"
-        if not os.path.isdir(folder):
-            os.makedirs(folder, exist_ok=True)
-        _sweep(folder)
-        return folder
+    def _undisturbed(self) -> AbstractContextManager[Any]:
+        """In memory: while no other thread creates or deletes, over which fsspec's listing would stumble (KeyError)."""
+        return _memory_lock if isinstance(self.fs, MemoryFileSystem) else nullcontext()
 
-    def _temporary(self, data: bytes) -> str:
-        path = f"{self._temporary_folder()}/{uuid.uuid4().hex}"
-        with open(path, "xb") as file:
-            file.write(data)
-            _to_disk(file)
-        return path
+    @property
+    def _remote(self) -> bool:
+        return not isinstance(self.fs, LocalFileSystem | MemoryFileSystem)
+
+    def _persist(self, verb: str, key: str, operation: Callable[[], T]) -> T:
+        """The operation's result, from a store behind a network tried again for a while. Raises StoreUnreachable."""
+        return persist(operation, f"{verb} {self.uri(key)}", self.patience_s) if self._remote else operation()
 
 
-BACKENDS = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs"}  # whose network errors are no OSError
+def _opened(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    # a cached listing would hide what other processes write
+    if not url.startswith(("s3://", "s3a://")):
+        return url_to_fs(url, use_listings_cache=False)
+    from tasks.store import s3
+
+    fs, root = url_to_fs(url, use_listings_cache=False, config_kwargs=s3.options())
+    fs.retries = 1  # of s3fs's own, which would not be told: `create` must know
+    return fs, root
 
 
-def may_pass(error: BaseException) -> bool:
-    """Whether a failure may go away by itself: the network's and the disk's may; what is refused or not there will not."""
-    if isinstance(error, DarkroomError | FileNotFoundError | PermissionError):
-        return False
-    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in BACKENDS
+def _is_there(error: Exception) -> bool:
+    """Whether a conditional put was refused because there is an object."""
+    if isinstance(error, FileExistsError):  # AWS, MinIO, moto, GCS
+        return True
+    return answer(error)[0] == 412  # SeaweedFS, whose answer s3fs does not know
 
 
 _memory_lock = threading.Lock()
-
-
-@lru_cache  # once a process and folder
-def _sweep(folder: str) -> None:
-    """Remove the temporary files that writers left who were killed."""
-    for entry in os.scandir(folder):
-        with suppress(FileNotFoundError):  # another process sweeps too
-            if time.time() - entry.stat().st_mtime > ABANDONED_SECONDS:
-                os.unlink(entry.path)
-
-
-def _to_disk(file: BinaryIO) -> None:
-    """Before a file gets its name, its bytes are on the disk: a power cut must not leave a name without content."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _make_parent(path: str) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
 
 
 def public(url: str) -> str:

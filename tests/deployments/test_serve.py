@@ -1,17 +1,9 @@
 """`make serve`, and a run started from the form of the Prefect UI in a real browser."""
 
-import contextlib
-import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import pytest
@@ -23,42 +15,14 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from tasks.store import Store
 from tasks.verify import verify
-
-ROOT = Path(__file__).parents[2]
+from tests.deployments.serving import ask, free_port, serving
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of what `deployments/serve.sh` started."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    home = tmp_path_factory.mktemp("prefect")
-    environment = {
-        **os.environ,
-        "PATH": f"{ROOT / '.venv/bin'}:{os.environ['PATH']}",
-        "PORT": str(port),
-        "PREFECT_HOME": str(home),
-    }
-    environment.pop("PREFECT_API_URL", None)
-    with (home / "serve.log").open("w") as log:
-        process = subprocess.Popen(
-            [ROOT / "deployments/serve.sh"],
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            deadline = time.monotonic() + 240
-            while "is ready" not in (home / "serve.log").read_text():
-                assert process.poll() is None and time.monotonic() < deadline, (home / "serve.log").read_text()
-                time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # it may have ended, and then its log says why
-                os.killpg(process.pid, signal.SIGINT)
-            process.wait(60)
+    with serving(tmp_path_factory.mktemp("prefect"), free_port()) as (address, _):
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +46,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     yield driver
     driver.quit()
-
-
-def ask(url: str, body: dict[str, Any] | None = None) -> Any:
-    """The Prefect API's answer."""
-    data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"})) as answer:
-        return json.load(answer)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from tasks.lineage import record_images
 from tasks.release import release
 from tasks.select import Policy
 from tasks.store import Store, layout
+from tasks.store.claims import Claims, Holder
 from tasks.verify import verify
 from tests.synthetic_run import SyntheticRun, synthetic_run
 
@@ -59,6 +60,28 @@ def test_unfinished_work_is_no_problem(made: SyntheticRun) -> None:
     store.write("datasets/demo/_claims/00000000000000000002.json", b'{"writer_id": "x"}')
     store.write("_tmp/left over", b"torn")
     assert verify(store).problems == []
+
+
+def test_claims_that_were_left_disturb_nothing(any_store: Store) -> None:
+    """Of unfinished shards, as a killed run leaves them, and of finished ones, as who was frozen for long may."""
+    first = finished(any_store)
+    clean = verify(any_store)
+    for shard in first.plan.shards:
+        for number, data in enumerate((b"torn", Holder("c", "o", "r", "elsewhere", 1, beat=3).to_bytes())):
+            any_store.write(layout.claim(shard.recipe_id, shard.shard, number), data)
+    any_store.write(layout.claim(first.recipe.recipe_id, "0" * 32, 0), b"of a shard that is being made")
+
+    report = verify(any_store)
+    assert report.problems == [] and report.checked == clean.checked
+
+    again = finished(any_store, policy=Policy(reject="0.3"))
+    assert {shard.shard for shard in again.plan.shards} == {shard.shard for shard in first.plan.shards}
+    assert all(shard.reused for shard in again.plan.shards)
+    assert verify(any_store).problems == []
+
+    with Claims(any_store, again.run) as claims:
+        shard = first.plan.shards[0]
+        assert claims.take(shard.recipe_id, shard.shard) is None  # waits for the silence, as for any other
 
 
 def flip(store: Store, key: str) -> None:

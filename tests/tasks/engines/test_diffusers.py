@@ -4,7 +4,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,27 +17,7 @@ SIZE = {"width": 16, "height": 16}
 
 Models = Callable[[str], str]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    """Models this small are slower with more, by far on a busy machine."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    """The folder of a tiny model by its shape's name."""
-    root = tmp_path_factory.mktemp("models")
-
-    def folder(shape: str) -> str:
-        return str(root / shape if (root / shape).exists() else TINY[shape](root / shape))
-
-    return folder
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +199,7 @@ def test_texts_of_long_finished_shards_are_forgotten(tiny: Models) -> None:
     engine = DiffusersEngine(tiny("sd15"), "float32", BATCH)
     for shard in range(20):
         engine.prepare([(f"{shard} {i}", "") for i in range(5)])
-    assert len(engine._embeddings) < 30
+    assert len(engine._texts) < 30
 
 
 def test_preparing_changes_no_pixel(tiny: Models, engine: DiffusersEngine, recipe: Recipe) -> None:
@@ -276,7 +255,8 @@ def test_too_many_steps_for_lcm_are_refused(engine: DiffusersEngine, recipe: Rec
         engine.generate(orders(1), replace(recipe, sampler="lcm", steps=60))
 
 
-def test_running_out_of_memory_concerns_the_whole_engine(engine: DiffusersEngine, recipe: Recipe) -> None:
+def test_running_out_of_memory_concerns_the_whole_engine(tiny: Models, recipe: Recipe) -> None:
+    engine = DiffusersEngine(tiny("sd15"), "float32", BATCH)
     beyond_any_address_space = 2**23
     with pytest.raises(EngineError, match="smaller batch size"):
         engine.generate(orders(1), replace(recipe, width=beyond_any_address_space, height=beyond_any_address_space))

@@ -1,9 +1,13 @@
 """The numbers of a report against the rows they count."""
 
+from datetime import UTC, datetime
+
 import polars as pl
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tasks.accounting import Attempt, Spent, costs
 from tasks.references import Selection
 from tasks.report import figures
 from tasks.select import Policy
@@ -104,3 +108,32 @@ def test_the_policy_in_words():
         "50\u202f% to 100",
     ):
         assert fact in words
+
+
+@given(st.lists(st.floats(0, 1000), min_size=5, max_size=5), st.integers(0, 50), st.sampled_from([0, 2.5]))
+def test_the_bar_of_phases_is_full_and_true(seconds, accepted, price):
+    """Also where phases overlap, and come to more than the time that went by."""
+    phases = dict(zip(figures.PHASES, seconds, strict=True))
+    spent = Spent(seconds=100, **phases, encode=25, images=50, device="cuda: A")
+    found = costs(
+        [Attempt("run", "shard", "recipe", "a" * 8, datetime(2026, 11, 24, tzinfo=UTC), spent)], accepted, price
+    )
+    assert found is not None
+    cost = figures.cost(found)
+    assert {phase.name: phase.seconds for phase in cost.bar} == {n: s for n, s in phases.items() if s}
+    for phase in cost.bar:
+        assert phase.share == phase.seconds / 100
+        assert phase.width == pytest.approx(100 * phase.seconds / sum(seconds), abs=1e-3)
+    if cost.bar:
+        assert sum(phase.width for phase in cost.bar) == pytest.approx(100, abs=0.01)
+    assert (cost.seconds, cost.unit, cost.devices, cost.speed) == ("100", "GPU seconds", "1 × A", "0.500")
+    assert bool(cost.each) == bool(accepted) and bool(cost.money) == bool(price)
+    assert bool(cost.money_each) == bool(accepted and price)
+    assert cost.alongside == "encode 25\u202f%"
+
+
+@pytest.mark.parametrize(
+    ("value", "told"), [(0, "0"), (0.01234, "0.0123"), (1.9, "1.90"), (412.4, "412"), (51234.2, "51,234")]
+)
+def test_a_number_has_three_digits(value, told):
+    assert figures.number(value) == told

@@ -3,12 +3,14 @@
 import json
 import re
 from dataclasses import replace
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 
 import polars as pl
 import pytest
 
 from tasks import tables
+from tasks.accounting import Attempt, Spent, costs
 from tasks.lift import JudgeLift, Lift
 from tasks.references import ReleaseRef
 from tasks.report import figures, page, write_report
@@ -252,3 +254,30 @@ def test_the_interval_shows_zero_and_the_lift_in_its_place():
 def test_a_memory_store_will_do():
     run = synthetic_run(Store("memory://report"), prompts=3, candidates=2)
     assert json.loads(report(run).split('id="facts">')[1].split("</script>")[0]).keys()
+
+
+def test_it_says_what_it_cost_where_that_is_known(finished):
+    spent = Spent(
+        400, load=12, denoise=309, decode=28, score=20, wait=31, encode=88, images=240, loads=2, device="cuda: <A>"
+    )
+    attempts = [Attempt(finished.run, "s", "r", "a" * 8, datetime(2026, 11, 24, tzinfo=UTC), spent)]
+    html = report(finished, costs=costs(attempts, 23, 2.5))
+    section = re.sub(r"<[^>]*>|\s+", " ", html.split('id="cost"')[1].split("</section>")[0])
+    words = re.sub(" +", " ", section)
+    for told in (
+        "GPU seconds 400",
+        "(1 × &lt;A&gt;), in 1 attempt at 1 shard",
+        "2 models loaded",
+        "0.600 images/s per device",
+        "17.4 s",
+        "0.28 0.012 per accepted image",
+        "denoise 77.2 % 309 s",
+        "load models 3 % 12.0 s",
+        "wait 7.8 % 31.0 s",
+        "encode 22 % of the same time",
+    ):
+        assert told in words, told
+    widths = [float(width) for width in re.findall(r'-phase" style="width:([\d.]+)%"', html)]
+    assert len(widths) == 5 and sum(widths) == pytest.approx(100, abs=0.01)
+    assert "Money" not in report(finished, costs=costs(attempts, 23))
+    assert 'id="cost"' not in report(finished)

@@ -4,10 +4,12 @@ import base64
 import io
 import re
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 from PIL import Image
 
+from tasks.accounting import Attempt, Spent, costs
 from tasks.lift import JudgeLift, Lift
 from tasks.references import ReleaseRef
 from tasks.report import summarize, summary_markdown
@@ -66,3 +68,12 @@ def test_it_says_whether_the_filter_helps(finished):
     noise = summary(finished, lift=Lift(23, 57, 0.4, 0.91, 0.05, 0.041, replace(judge, low=-0.01)))
     assert "**Does the filter help? The filter may be selecting noise: judge 'a\\_judge'" in noise
     assert "Does the filter help?" not in summary(finished)
+
+
+def test_it_says_what_it_cost(finished):
+    spent = Spent(100, denoise=80, wait=20, encode=30, images=50, loads=1, device="cuda: A|B")
+    attempt = Attempt(finished.run, "shard", "recipe", "a" * 8, datetime(2026, 11, 24, tzinfo=UTC), spent)
+    text = summary(finished, costs=costs([attempt], 23, 3.6))
+    told = "What it cost: 100 GPU s on 1 × A\\|B for 0.10 · 4.35 s and 0.0043 per accepted image · denoise 80% wait 20%"
+    assert f"{told} · beside that encode 30%." in text
+    assert "What it cost" not in summary(finished)

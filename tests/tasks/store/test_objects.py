@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from tasks.identity import sha256
 from tasks.store import CorruptObject, Missing, Store, StoreError
-from tasks.store.objects import TEMPORARY, public
+from tasks.store.disk import TEMPORARY
+from tasks.store.objects import public
 
 RACERS = 16  # threads
 PROCESSES = 3

@@ -1,0 +1,195 @@
+"""What a worker does with shards: make the images, and judge them while the next are made.
+
+    claim → make ⇉ judge → forms, safety → what it cost
+
+A task takes several shards, as many as fill some minutes. The model stays loaded for all of them, and for the tasks that follow in
+the same process.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any
+from weakref import WeakSet
+
+from tasks.accounting import Clock, record
+from tasks.calibrate import CalibrationError
+from tasks.engines import Engine, EngineError, open_engine
+from tasks.errors import Stopped
+from tasks.gates import GateError
+from tasks.gates.safety import judge_shard
+from tasks.generate import Care, Made, generate_shard
+from tasks.judging import Judging, results
+from tasks.references import ShardMade, ShardRef
+from tasks.score import Judge, form_shard, opened, score_shard
+from tasks.scorers import ScorerError, open_scorer
+from tasks.store import Store, layout
+from tasks.store.claims import Claims
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all shards of a run have in common: who makes the images, and who judges them."""
+
+    run: str
+    model: str
+    dtype: str
+    batch_size: int
+    scorer: str
+    fingerprint: str  # the scorer's
+    scorer_batch: int
+    judging: Judging
+
+
+@dataclass(frozen=True)
+class ShardBusy:
+    """Another run is making this shard just now."""
+
+    shard: ShardRef
+    by: str
+
+
+@dataclass(frozen=True)
+class ShardFailed:
+    """A shard that could not be finished; what was made of it is kept."""
+
+    shard: ShardRef
+    error: Exception
+
+
+class _Lost(Exception):
+    """Another run took the shard over."""
+
+
+Outcome = ShardMade | ShardBusy | ShardFailed
+
+
+def develop(
+    store: Store,
+    job: Job,
+    shards: Sequence[ShardRef],
+    care: Mapping[str, Care] | None = None,
+    progress: Callable[[int], None] | None = None,
+    done: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """Bring each shard to its index and its scores; the outcomes, in the order of `shards`.
+
+    `care`: of shards whose worker died, by ShardRef.shard. `progress` is told candidates, batch by batch; `done` each outcome.
+    A shard that fails does not stop the others, unless the engine as a whole failed. Raises at once what no other shard would
+    survive: ScorerError, CalibrationError, GateError, MemoryError, Stopped.
+    """
+    outcomes: list[Outcome] = []
+    for number, shard in enumerate(shards):
+        try:
+            outcome: Outcome = _develop(store, job, shard, (care or {}).get(shard.shard, Care()), progress)
+        except (ScorerError, CalibrationError, GateError, MemoryError, Stopped):
+            raise
+        except EngineError as error:
+            return [*outcomes, *(ShardFailed(other, error) for other in shards[number:])]
+        except Exception as error:
+            outcome = ShardFailed(shard, error)
+        outcomes.append(outcome)
+        done(outcome)
+    return outcomes
+
+
+def _develop(
+    store: Store, job: Job, shard: ShardRef, care: Care, progress: Callable[[int], None] | None
+) -> ShardMade | ShardBusy:
+    clock = Clock()
+    engine = partial(_noted, partial(open_engine, job.model, job.dtype, job.batch_size), clock)
+    scorer = partial(_noted, partial(open_scorer, job.scorer, job.scorer_batch), clock)
+    if all(map(store.exists, results(shard, job.fingerprint, job.judging))):  # nobody needs to be kept from it
+        return generate_shard(store, job.run, shard, engine, job.batch_size, progress=progress, clock=clock)
+    claims = _claims(store.url, job.run)
+    claim = claims.take(shard.recipe_id, shard.shard)
+    if claim is None:
+        return ShardBusy(shard, str(claims.held_by(shard.recipe_id, shard.shard) or "another run"))
+    judge: Judge | None = None
+
+    def seen(made: Sequence[Made]) -> None:
+        nonlocal judge
+        judge = judge or Judge(opened(store, job.fingerprint, scorer), clock)
+        for one in made:
+            if one.pixels is not None:
+                judge.add(one.order["candidate_id"], one.order["prompt"], one.pixels)
+
+    def counted(done: int) -> None:
+        if progress:
+            progress(done)
+        if claim.lost:
+            raise _Lost
+
+    images = 0
+    try:
+        made = generate_shard(
+            store,
+            job.run,
+            shard,
+            engine,
+            job.batch_size,
+            progress=counted,
+            seen=seen,
+            clock=clock,
+            care=care,
+            trying=partial(_say_trying, store, job.run, shard.shard),
+        )
+        images = made.made
+        score_shard(store, shard, job.fingerprint, scorer, judge, clock)
+        if job.judging.calibration:
+            form_shard(store, shard, job.fingerprint, job.judging.calibration, scorer)
+        if job.judging.safety:
+            judge_shard(store, shard, job.judging.safety, scorer)
+    except _Lost:
+        return ShardBusy(shard, "a run that took it over, since this one was silent for too long")
+    finally:  # what failed was paid for, too
+        claim.release()
+        spent = clock.spent(images, _device())
+        record(store, job.run, shard, spent)
+    return replace(made, seconds=spent.seconds)
+
+
+# --- what a process holds ----------------------------------------------------------------------------------------------
+
+_met: WeakSet[Any] = WeakSet()  # the models this process has loaded
+_engine: list[Engine] = []
+
+
+def _noted(open: Callable[[], Any], clock: Clock) -> Any:
+    """The model, with the time its loading took on the clock, where it was not loaded before."""
+    started = time.monotonic()
+    model = open()
+    if model not in _met:
+        _met.add(model)
+        clock.loaded(time.monotonic() - started)
+    if hasattr(model, "device"):
+        _engine[:] = [model]
+    return model
+
+
+def _device() -> str:
+    return _engine[0].device if _engine else "cpu"
+
+
+@lru_cache(maxsize=8)
+def _claims(store: str, run: str) -> Claims:
+    return Claims(Store(store), run)
+
+
+# --- a candidate that kills its worker ---------------------------------------------------------------------------------
+
+
+def _say_trying(store: Store, run: str, shard: str, candidate: str) -> None:
+    store.write(layout.trying(run, shard), json.dumps({"candidate": candidate}).encode())
+
+
+def tried(store: Store, run: str, shard: str) -> str | None:
+    """The candidate that was made alone when the worker of a shard died; None where none was. It is forgotten then."""
+    key = layout.trying(run, shard)
+    if not store.exists(key):
+        return None
+    candidate = store.read_json(key)["candidate"]
+    store.delete(key)
+    return candidate or None
