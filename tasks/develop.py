@@ -7,6 +7,7 @@ the same process.
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,9 +15,9 @@ from functools import lru_cache, partial
 from typing import Any
 from weakref import WeakSet
 
-from tasks.accounting import Clock, record
+from tasks.accounting import Clock, device_name, record
 from tasks.calibrate import CalibrationError
-from tasks.engines import Engine, EngineError, open_engine
+from tasks.engines import EngineError, open_engine
 from tasks.errors import Stopped
 from tasks.gates import GateError
 from tasks.gates.safety import judge_shard
@@ -146,7 +147,7 @@ def _develop(
         return ShardBusy(shard, "a run that took it over, since this one was silent for too long")
     finally:  # what failed was paid for, too
         claim.release()
-        spent = clock.spent(images, _device())
+        spent = clock.spent(images, device_name() if "torch" in sys.modules else "")
         record(store, job.run, shard, spent)
     return replace(made, seconds=spent.seconds)
 
@@ -154,7 +155,6 @@ def _develop(
 # --- what a process holds ----------------------------------------------------------------------------------------------
 
 _met: WeakSet[Any] = WeakSet()  # the models this process has loaded
-_engine: list[Engine] = []
 
 
 def _noted(open: Callable[[], Any], clock: Clock) -> Any:
@@ -164,13 +164,7 @@ def _noted(open: Callable[[], Any], clock: Clock) -> Any:
     if model not in _met:
         _met.add(model)
         clock.loaded(time.monotonic() - started)
-    if hasattr(model, "device"):
-        _engine[:] = [model]
     return model
-
-
-def _device() -> str:
-    return _engine[0].device if _engine else "cpu"
 
 
 @lru_cache(maxsize=8)
