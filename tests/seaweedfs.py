@@ -10,6 +10,9 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+import pytest
+from fsspec.config import conf
+
 BUCKET = "darkroom"
 STARTUP_S = 60
 # below the system's range for outgoing connections, or one of those could take a port while its server is down
@@ -96,6 +99,15 @@ class SeaweedFS:
             self._server.kill()
             self._server.wait()
         self._server = None
+
+
+def go_through(endpoint: str, monkeypatch: pytest.MonkeyPatch, **more: object) -> None:
+    """From here on, this process's stores are reached at this endpoint: said in fsspec's configuration, as a user would.
+
+    Not in the environment: that is no part of what s3fs's instances are cached by, so the session's own server would be asked
+    at this endpoint by every later test.
+    """
+    monkeypatch.setitem(conf, "s3", {"endpoint_url": endpoint, **more})
 
 
 def _accepts(endpoint: str) -> bool:

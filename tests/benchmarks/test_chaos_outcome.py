@@ -10,7 +10,7 @@ import pytest
 from benchmarks.chaos_attempts import proxied
 from benchmarks.chaos_outcome import Found, _unreadable, compare
 from tasks.store import Store
-from tests.seaweedfs import SeaweedFS
+from tests.seaweedfs import S3_ENVIRONMENT, SeaweedFS, go_through
 
 UNDISTURBED: Found = {
     "runs": {"r": [["a", "p1", "accepted", "pool"], ["b", "p2", "rejected", "budget"]]},
@@ -69,10 +69,10 @@ def test_an_object_that_nothing_names_is_read_too(tmp_path: Path):
 def test_the_proxy_is_reached_and_its_faults_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     injected: Counter[str] = Counter()
     with SeaweedFS(tmp_path) as server:
-        for name, value in server.environment.items():
+        for name, value in S3_ENVIRONMENT.items():
             monkeypatch.setenv(name, value)
         with proxied(server, 1, injected) as url:
-            monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+            go_through(url, monkeypatch)
             store = Store("s3://darkroom/chaos")
             for number in range(20):
                 store.write(f"runs/{number}", b"x")

@@ -21,14 +21,13 @@ import fsspec
 import pyarrow as pa
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
-from fsspec.config import conf
 
 from tasks.store import CorruptObject, DiskFailed, DiskFull, Missing, Store, StoreUnreachable, persistence, s3
 from tasks.store.disk import TEMPORARY
 from tasks.store.persistence import may_pass, persist
 from tasks.verify import Report
 from tests.fault_proxy import KINDS, FaultProxy
-from tests.seaweedfs import BUCKET, S3_ENVIRONMENT, SeaweedFS
+from tests.seaweedfs import BUCKET, S3_ENVIRONMENT, SeaweedFS, go_through
 
 WRITERS, OPERATIONS = 6, 60  # mixed operations, each writer on keys of its own
 RACES, RACERS = 10, 6
@@ -41,11 +40,6 @@ def proxy(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     with FaultProxy(os.environ["AWS_ENDPOINT_URL"], share=0, seed=4, delay_s=0.2) as running:
         go_through(running.url, monkeypatch)
         yield running
-
-
-def go_through(endpoint: str, monkeypatch: pytest.MonkeyPatch, **more: object) -> None:
-    """From here on, stores are reached at this endpoint: said in fsspec's configuration, as a user would."""
-    monkeypatch.setitem(conf, "s3", {"endpoint_url": endpoint, **more})
 
 
 def fresh(**options: float) -> Store:
