@@ -18,8 +18,10 @@ install: .venv/.installed
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable .
 	touch $@
 
+# compileall: tests start many processes, and each would compile torch anew where Python may not write bytecode
 .venv/.installed-dev: .venv/.installed
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable . --group dev
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # some packages carry templates and files broken on purpose
 	touch $@
 
 demo: install  ## the demo manifest becomes a release; then the ground truth says how good it is
