@@ -144,7 +144,7 @@ class Chaos:
             verdict = compare(found, self.reference(command.workers, policies))
             kind.found.update(verdict.counts)
             self.failures += [f"{name}, run {self._number}: {what}" for what in verdict.what]
-        except Failed as error:
+        except (Failed, RuntimeError) as error:  # RuntimeError: what there is cannot even be read
             self.failures.append(f"{name}, run {self._number}: {error}")
         self.stop_attempts()
         kind.seconds += time.monotonic() - began

@@ -87,6 +87,7 @@ def run(
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; else by the device.")] = None,
     guidance_until: Annotated[float | None, typer.Option(help="Share of the steps that are guided: faster.")] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="Compile the model's blocks: for large runs.")] = False,
     attention: Annotated[str | None, typer.Option(help="Kernel for Flux's attention, by diffusers' name.")] = None,
@@ -115,8 +116,10 @@ def run(
     runner: Annotated[
         Literal["local", "ray"], typer.Option(help="local: on this machine; ray: on an existing Ray cluster.")
     ] = "local",
-    address: Annotated[str | None, typer.Option(help="Of the Ray cluster, host:port; else this machine's.")] = None,
-    gpus: Annotated[float | None, typer.Option(help="Ray: GPUs a worker holds; 0: a CPU instead.")] = None,
+    address: Annotated[str | None, typer.Option(help="Of the Ray cluster, host:port; else RAY_ADDRESS.")] = None,
+    gpus: Annotated[
+        float | None, typer.Option(help="Ray: share of a GPU that a worker holds; 0: a CPU instead.")
+    ] = None,
     on_bad_rows: Annotated[
         Literal["fail", "quarantine"], typer.Option(help="What to do with a bad row of the manifest.")
     ] = "fail",
@@ -142,6 +145,7 @@ def run(
                     guidance=guidance,
                     width=width,
                     height=height,
+                    dtype=dtype,
                     guidance_until=guidance_until,
                     compiled=compiled or None,
                     attention=attention,

@@ -26,6 +26,7 @@ class Cluster(Pool):
 
     def __init__(self, workers: Workers):
         super().__init__(0)
+        self._ever = 0  # places, the retired ones too
         self._address = _checked(workers.address)
         self._most = workers.workers
         self._gpus = workers.gpus
@@ -63,8 +64,9 @@ class Cluster(Pool):
         unit = "GPU" if self._gpus else "CPU"
         room = int(ray.cluster_resources().get(unit, 0) / (self._gpus or 1))
         wanted = self._most or room
-        self.idle += range(self.places, wanted)
-        self.places = max(self.places, wanted)
+        if wanted > self._ever:
+            self.idle += range(self._ever, wanted)
+            self.places, self._ever = self.places + wanted - self._ever, wanted
 
     def __enter__(self) -> "Cluster":
         ends = signal.getsignal(signal.SIGTERM)  # Prefect's, by which a run is cancelled; Ray puts its own in its place

@@ -15,16 +15,16 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows import attempts, steps
-from flows.fanout import fan_out
+from flows.fanout import fan_out, mend_all
 from flows.parameters import Budget, Generation, Policy, Scoring, Workers
-from flows.pools import open_pool
+from flows.pools import check_workers, open_pool
 from tasks.accounting import in_words as cost_in_words
 from tasks.develop import Job
 from tasks.lift import LiftError, check_judge, in_words, judge_sample, require_lift
 from tasks.lineage import Events
 from tasks.references import PlanRef, ShardMade
 from tasks.release import ReleaseError, check_name
-from tasks.store import CorruptObject, Store, layout
+from tasks.store import CorruptObject, Missing, Store, layout
 
 
 @flow(
@@ -66,10 +66,9 @@ def nightly(
 
     started = time.monotonic()
     check_name(name)
-    if workers.runner == "ray":  # whose workers begin in a folder of their own
-        store, shared = (absolute(place) for place in (store, generation.model))
-        generation = generation.model_copy(update={"model": shared})
-        scoring = scoring.model_copy(update={"scorer": absolute(scoring.scorer)})
+    check_workers(workers, store)
+    if workers.runner == "ray":
+        store, generation, scoring = for_cluster(store, generation, scoring, workers)
     edition = edition.replace("{date}", scheduled_date())
     recipe = default_recipe(generation.model, **generation.chosen())
     scorer = fingerprint(scoring.scorer)
@@ -92,7 +91,7 @@ def nightly(
             **({"judge": judge, "on_no_lift": scoring.on_no_lift} if judge else {}),
             **judging.asked(),
             "policy": policy.model_dump(mode="json"),
-            "budget": budget.model_dump(mode="json"),
+            "budget": budget.limits(),
         },
     )
     job = Job(
@@ -112,7 +111,7 @@ def nightly(
                 make = partial(fan_out, store, job=job, pool=pool, budget=budget, canary=canary)
                 plan, made, given_up = in_rounds(plan, make, top_up, end)
             event.counts.update(made=sum(m.made for m in made), found=sum(m.found for m in made))
-        mend = partial(mend_all, store, plan, job)
+        mend = partial(mend_whole, store, plan, job, workers)
         for shard in judge_sample(plan) if judge else ():
             whole(mend, partial(steps.score, store, shard, scoring.judge, judge, scoring.batch_size))
         with events.step("select", inputs=[layout.plan(run, 0)], outputs=[layout.ledger(run)]) as event:
@@ -182,24 +181,37 @@ def in_rounds(
 
 
 def whole(mend: Callable[[], None], step: Callable[[], Any]) -> Any:
-    """What `step` comes to; where it meets something damaged, it is done again after mending."""
+    """What `step` comes to; where it meets something damaged or lost, it is done again after mending."""
     try:
         return step()
-    except CorruptObject:
+    except (CorruptObject, Missing):
         mend()
         return step()
 
 
-def mend_all(store: str, plan: PlanRef, job: Job) -> None:
-    """Read all images of a plan, and make again those that are damaged."""
-    for shard in plan.shards:
-        steps.mend(store, shard, job)
+def mend_whole(store: str, plan: PlanRef, job: Job, workers: Workers) -> None:
+    """Have workers read all images of a plan, and make again those that are damaged or lost."""
+    with open_pool(workers) as pool:
+        mend_all(store, plan.shards, job, pool)
 
 
-def absolute(place: str) -> str:
-    """The absolute path of what is a folder here; names and URLs as they are."""
-    local = "://" not in place and (Path(place).is_dir() or place.startswith((".", "out/")))
-    return str(Path(place).absolute()) if local else place
+def for_cluster(
+    store: str, generation: Generation, scoring: Scoring, workers: Workers
+) -> tuple[str, Generation, Scoring]:
+    """What means the same on a cluster's machines, whose workers begin in a folder of their own, as it does here.
+
+    The data type goes by the workers' devices, too: the machine that starts a run often has none.
+    """
+
+    def folder(model: str) -> str:
+        return str(Path(model).absolute()) if Path(model).is_dir() else model
+
+    dtype = generation.dtype if generation.dtype != "auto" else "bfloat16" if workers.gpus else "float32"
+    return (
+        store if "://" in store else str(Path(store).absolute()),
+        generation.model_copy(update={"model": folder(generation.model), "dtype": dtype}),
+        scoring.model_copy(update={"scorer": folder(scoring.scorer)}),
+    )
 
 
 def scheduled_date() -> str:

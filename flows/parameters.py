@@ -88,8 +88,10 @@ class Workers(BaseModel, frozen=True):
         le=10_000,
         description="how many at once; 0: one for each GPU, and without any one in the flow's own process",
     )
-    address: str = Field("auto", description="of the Ray cluster, as host:port; auto: the one this machine belongs to")
-    gpus: float = Field(1, ge=0, le=64, description="Ray: GPUs a worker holds; 0: it holds a CPU instead")
+    address: str = Field("auto", description="of the Ray cluster, as host:port; auto: what RAY_ADDRESS says")
+    gpus: float = Field(
+        1, ge=0, le=1, description="Ray: share of a GPU that a worker holds, up to 1; 0: it holds a CPU instead"
+    )
 
 
 class Scoring(BaseModel, frozen=True):

@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +22,7 @@ from prefect.utilities.callables import get_call_parameters
 
 from flows import worker
 from flows.parameters import Workers
+from tasks.engines import DeviceFailed
 from tasks.errors import DarkroomError
 
 
@@ -29,7 +31,7 @@ class PoolError(DarkroomError):
 
 
 class WorkerDied(DarkroomError):
-    """A worker ended in the middle of a task. `alone`: by itself, not together with its whole machine."""
+    """A worker ended in the middle of a task. `alone`: by itself, so that its task may be why; not with its machine or device."""
 
     def __init__(self, what: str, alone: bool = True):
         super().__init__(what)
@@ -37,6 +39,16 @@ class WorkerDied(DarkroomError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.what, self.alone)
+
+
+class DeviceLost(WorkerDied):
+    """A worker's device failed; the worker that replaces it may fare better."""
+
+    def __init__(self, what: str):
+        super().__init__(what, alone=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.what,)
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ class Pool:
     """Tasks are started on idle places, and `next` tells of each that is done. Leaving it on an error stops what still runs."""
 
     def __init__(self, places: int):
-        self.places = places
+        self.places = places  # that are in use
         self.idle = list(range(places))
         self._done: queue.SimpleQueue[tuple[int, Any, Any]] = queue.SimpleQueue()
 
@@ -73,12 +85,20 @@ class Pool:
         except queue.Empty:
             return None
         result = self._result(place, future)
-        if death := self._death(place, result):
+        if isinstance(result, DeviceFailed):  # which the task itself could tell
+            result = DeviceLost(f"worker {place}: {result}")
+            self._replace(place)
+        elif death := self._death(place, result):
             self._put_right(future.task_run_id, death)
             self._replace(place)
             result = death
         self.idle.append(place)
         return Done(place, ticket, result)
+
+    def retire(self, place: int) -> None:
+        """Use an idle place no more."""
+        self.idle.remove(place)
+        self.places -= 1
 
     def grow(self) -> None:
         """Take in places that have come since."""
@@ -152,11 +172,13 @@ class Processes(Pool):
         if not isinstance(result, BrokenProcessPool):
             return None
         return WorkerDied(
-            f"worker {place} (process {self._workers[place].pid.value}) was killed, or crashed, in the middle of a task"
+            f"worker {place} (process {self._workers[place].pid.value}) was killed, or crashed, in the middle of a task: the "
+            "system's log tells whether memory ran out; fewer workers (--workers) need less"
         )
 
     def _replace(self, place: int) -> None:
-        self._workers[place].stop()
+        self._workers[place].kill()
+        self._workers[place].leave()
         self._workers[place] = _Worker(self._environments[place])
 
     def images(self) -> int:
@@ -169,8 +191,11 @@ class Processes(Pool):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None:
+            for one in self._workers:
+                one.kill()
         for one in self._workers:
-            one.stop(kill=kind is not None)
+            one.leave()
 
 
 class _Worker:
@@ -178,18 +203,35 @@ class _Worker:
 
     def __init__(self, environment: dict[str, str]):
         spawn = multiprocessing.get_context("spawn")
-        self.pid, self.images = spawn.Value("q", 0, lock=False), spawn.Value("q", 0, lock=False)
+        self.pid, self.images, self._ended = (spawn.Value("q", 0, lock=False) for _ in range(3))
         self.runner = ProcessPoolTaskRunner(
-            max_workers=1, initializer=worker.begin, initargs=(os.getpid(), self.pid, self.images, environment)
+            max_workers=1,
+            initializer=worker.begin,
+            initargs=(os.getpid(), self.pid, self.images, self._ended, environment),
         )
         self.runner.__enter__()
 
-    def stop(self, kill: bool = False) -> None:
-        """Killing it costs the batches in flight: what counts is in the store, whole or not at all."""
-        if kill and self.pid.value:
+    def kill(self) -> None:
+        """It costs the batches in flight: what counts is in the store, whole or not at all."""
+        self._ended.value = 1  # for a process that has not begun
+        if self.pid.value:
             with suppress(ProcessLookupError):
                 os.kill(self.pid.value, signal.SIGKILL)
+
+    def leave(self) -> None:
+        """Returns when its task is done, or it is dead."""
         self.runner.__exit__(None, None, None)
+
+
+def check_workers(workers: Workers, store: str) -> None:
+    """Raises PoolError: the workers that are asked for cannot be had here, or could not reach the store."""
+    if workers.runner == "ray" and find_spec("prefect_ray") is None:
+        raise PoolError("runner 'ray' needs Ray, which is not installed here: pip install 'darkroom[ray]'")
+    if store.startswith("memory://") and (workers.runner == "ray" or workers.workers > 1 or visible_devices()):
+        raise PoolError(
+            f"store '{store}' is in this process's own memory, which its workers (one for each GPU, or as many as --workers or "
+            "Ray has) do not see: choose a folder or an object store"
+        )
 
 
 def open_pool(workers: Workers) -> Pool:

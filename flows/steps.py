@@ -27,7 +27,7 @@ from tasks.store import Store, layout
 from tasks.store.persistence import may_pass
 
 if TYPE_CHECKING:
-    from tasks.develop import Job, Outcome
+    from tasks.develop import Job, Outcome, ShardBusy
     from tasks.generate import Care
 
 
@@ -116,8 +116,13 @@ def develop(store: str, job: "Job", shards: "tuple[ShardRef, ...]", care: "dict[
     """Make and score shards, where a worker has places for it. The store is patient by itself: a retry would begin anew."""
     worker.settle()
     from tasks.develop import ShardFailed, develop
+    from tasks.engines import DeviceFailed
 
-    outcomes = develop(Store(store), job, shards, care, progress.advance)
+    try:
+        outcomes = develop(Store(store), job, shards, care, progress.advance)
+    except DeviceFailed:
+        worker.leave()
+        raise
     failed = [outcome for outcome in outcomes if isinstance(outcome, ShardFailed)]
     if failed:
         first = failed[0]
@@ -130,14 +135,11 @@ def develop(store: str, job: "Job", shards: "tuple[ShardRef, ...]", care: "dict[
 
 
 @step(name="mend", task_run_name="mend {shard.shard}")
-def mend(store: str, shard: ShardRef, job: "Job") -> ShardMade:
+def mend(store: str, shard: ShardRef, job: "Job") -> "ShardMade | ShardBusy":
     worker.settle()
-    from tasks.engines import open_engine
-    from tasks.generate import mend_shard
+    from tasks.develop import mend
 
-    return mend_shard(
-        Store(store), job.run, shard, functools.partial(open_engine, job.model, job.dtype), job.batch_size
-    )
+    return mend(Store(store), job, shard)
 
 
 @step(name="score", task_run_name="score {shard.shard}")

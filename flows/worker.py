@@ -5,28 +5,30 @@ The process that started it may be killed at any time, without a chance to say s
 
 import os
 import signal
+import sys
 import threading
 import time
 from typing import Any
 
-ORPHANED_S = 1.0
+ORPHANED_S = 0.5  # how often it looks
+LEAVING_S = 2.0
 
 _environment: dict[str, str] = {}
 _images: Any = None
 
 
-def begin(parent: int, pid: Any, images: Any, environment: dict[str, str]) -> None:
+def begin(parent: int, pid: Any, images: Any, ended: Any, environment: dict[str, str]) -> None:
     """Called once in a new worker of the process `parent`, which may be gone by now.
 
-    `pid` and `images` are shared integers: who it is, and how many images it has done. `environment`: which device it may use,
-    and how many threads.
+    Shared integers: `pid`, who it is; `images`, how many it has done; `ended`, whether it is to end, which may be before it began.
+    `environment`: which device it may use, and how many threads.
     """
     global _images
     pid.value, _images = os.getpid(), images
     _environment.update(environment)
     settle()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the flow decides
-    threading.Thread(target=_end_with, args=[parent], name="orphan", daemon=True).start()
+    threading.Thread(target=_end_with, args=[parent, ended], name="orphan", daemon=True).start()
 
 
 def settle() -> None:
@@ -42,7 +44,16 @@ def advance(images: int) -> bool:
     return True
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
+def leave() -> None:
+    """End this process as soon as it has told what its task came to, where it is Ray's, which else keeps it: its device failed."""
+    ray = sys.modules.get("ray")
+    if ray and ray._private.worker.global_worker.mode == ray.WORKER_MODE:
+        timer = threading.Timer(LEAVING_S, os._exit, [1])
+        timer.daemon = True
+        timer.start()
+
+
+def _end_with(parent: int, ended: Any) -> None:
+    while os.getppid() == parent and not ended.value:
         time.sleep(ORPHANED_S)
     os._exit(1)

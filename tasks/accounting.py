@@ -20,10 +20,8 @@ from typing import Any
 
 from tasks import tables
 from tasks.references import ShardRef
-from tasks.store import Store, StoreError, layout
+from tasks.store import AT_ONCE, DiskFailed, DiskFull, Store, StoreError, StoreUnreachable, layout
 from tasks.store.persistence import may_pass
-
-THREADS = 16  # records read at once: a remote store takes tens of milliseconds for each
 
 ON_DEVICE = ("load", "denoise", "decode", "score")  # what the thread that holds the device does, one after the other
 ALONGSIDE = ("encode", "upload")  # what other threads do meanwhile
@@ -97,10 +95,15 @@ class Clock:
         with self._lock:
             self._loads += 1
 
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.monotonic() - self._started
+
     def spent(self, images: int, device: str) -> Spent:
         """All until now, for `images` made on a device (see `device_name`)."""
         with self._lock:
-            seconds = time.monotonic() - self._started
+            seconds = self.seconds
             idle = seconds - sum(self._seconds[phase] for phase in ON_DEVICE)
             return Spent(seconds, **self._seconds, wait=max(0.0, idle), images=images, loads=self._loads, device=device)
 
@@ -150,7 +153,7 @@ def record(store: Store, run: str, shard: ShardRef, spent: Spent) -> str | None:
             if store.create(key, data) or store.read(key) == data:
                 return key
     except Exception as error:
-        if not may_pass(error):
+        if not may_pass(error) and not isinstance(error, StoreUnreachable | DiskFull | DiskFailed):
             raise
         log.warning(
             "what shard %s of run %s spent (%.1f s) was not recorded: %s", shard.shard, run, spent.seconds, error
@@ -163,7 +166,7 @@ def read_spent(store: Store, run: str) -> list[Attempt]:
 
     A record that cannot be read is left out, and the log says so.
     """
-    with ThreadPoolExecutor(THREADS) as threads:
+    with ThreadPoolExecutor(AT_ONCE) as threads:
         found = list(threads.map(lambda key: _read_attempt(store, run, key), store.list(layout.all_spent(run))))
     return sorted((attempt for attempt in found if attempt), key=lambda a: (a.ended, a.shard, a.attempt))
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -19,9 +20,7 @@ from tasks.judging import Judging, results
 from tasks.plan import load_plans
 from tasks.references import PlanRef, ShardRef
 from tasks.selection import SelectionError
-from tasks.store import CorruptObject, Missing, Store, layout
-
-THREADS = 16  # objects looked for at once: a remote store takes tens of milliseconds for each
+from tasks.store import AT_ONCE, CorruptObject, Missing, Store, layout
 
 RAISE = "raise the limit (--gpu-seconds, --money): that is another run, which finds all that was made and has a count of its own"
 
@@ -57,6 +56,10 @@ class Budget(BaseModel, frozen=True):
                 f"money {self.money} limits nothing without a price of a GPU hour: give it, or leave money at 0"
             )
         return self
+
+    def limits(self) -> dict[str, Any]:
+        """What a run records of it, which names the run: without a price that limits nothing, so it may change."""
+        return (self if self.money else self.model_copy(update={"price": 0.0})).model_dump(mode="json")
 
     @property
     def seconds(self) -> float | None:
@@ -115,7 +118,7 @@ def finished_shards(store: Store, plan: PlanRef, fingerprint: str, judging: Judg
     def is_finished(shard: ShardRef) -> bool:
         return all(map(store.exists, results(shard, fingerprint, judging)))
 
-    with ThreadPoolExecutor(THREADS) as threads:
+    with ThreadPoolExecutor(AT_ONCE) as threads:
         done = threads.map(is_finished, plan.shards)
         return {shard.orders for shard, is_done in zip(plan.shards, done, strict=True) if is_done}
 

@@ -9,7 +9,8 @@ the same process.
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -17,17 +18,17 @@ from weakref import WeakSet
 
 from tasks.accounting import Clock, device_name, record
 from tasks.calibrate import CalibrationError
-from tasks.engines import EngineError, open_engine
+from tasks.engines import DeviceFailed, EngineError, open_engine
 from tasks.errors import Stopped
 from tasks.gates import GateError
 from tasks.gates.safety import judge_shard
-from tasks.generate import Care, Made, generate_shard
+from tasks.generate import Care, Made, generate_shard, mend_shard
 from tasks.judging import Judging, results
 from tasks.references import ShardMade, ShardRef
 from tasks.score import Judge, form_shard, opened, score_shard
 from tasks.scorers import ScorerError, open_scorer
-from tasks.store import Store, layout
-from tasks.store.claims import Claims
+from tasks.store import DiskFailed, DiskFull, Store, StoreUnreachable, layout
+from tasks.store.claims import Claim, Claims
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class ShardBusy:
 
     shard: ShardRef
     by: str
+    seconds: float = 0.0  # that were spent on it here
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class ShardFailed:
 
     shard: ShardRef
     error: Exception
+    seconds: float = 0.0  # that were spent on it
 
 
 class _Lost(Exception):
@@ -65,6 +68,7 @@ class _Lost(Exception):
 
 
 Outcome = ShardMade | ShardBusy | ShardFailed
+STORE_GONE = (StoreUnreachable, DiskFull, DiskFailed)  # after which no shard can be kept
 
 
 def develop(
@@ -73,40 +77,52 @@ def develop(
     shards: Sequence[ShardRef],
     care: Mapping[str, Care] | None = None,
     progress: Callable[[int], None] | None = None,
-    done: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
     """Bring each shard to its index and its scores; the outcomes, in the order of `shards`.
 
-    `care`: of shards whose worker died, by ShardRef.shard. `progress` is told candidates, batch by batch; `done` each outcome.
-    A shard that fails does not stop the others, unless the engine as a whole failed. Raises at once what no other shard would
-    survive: ScorerError, CalibrationError, GateError, MemoryError, Stopped.
+    `care`: of shards whose worker died, by ShardRef.shard. `progress` is told candidates, batch by batch. A shard that fails does
+    not stop the others, unless the engine as a whole failed, or the store. Raises at once what no other shard would survive here:
+    DeviceFailed, ScorerError, CalibrationError, GateError, MemoryError, Stopped.
     """
     outcomes: list[Outcome] = []
     for number, shard in enumerate(shards):
+        clock = Clock()
         try:
-            outcome: Outcome = _develop(store, job, shard, (care or {}).get(shard.shard, Care()), progress)
-        except (ScorerError, CalibrationError, GateError, MemoryError, Stopped):
+            outcomes.append(_develop(store, job, shard, (care or {}).get(shard.shard, Care()), progress, clock))
+        except (DeviceFailed, ScorerError, CalibrationError, GateError, MemoryError, Stopped):
             raise
-        except EngineError as error:
-            return [*outcomes, *(ShardFailed(other, error) for other in shards[number:])]
+        except (EngineError, *STORE_GONE) as error:
+            failed = ShardFailed(shard, error, clock.seconds)
+            return [*outcomes, failed, *(ShardFailed(other, error) for other in shards[number + 1 :])]
         except Exception as error:
-            outcome = ShardFailed(shard, error)
-        outcomes.append(outcome)
-        done(outcome)
+            outcomes.append(ShardFailed(shard, error, clock.seconds))
     return outcomes
 
 
+def mend(store: Store, job: Job, shard: ShardRef) -> ShardMade | ShardBusy:
+    """Make again what is damaged or lost of a finished shard, unless another run is about it. Raises what `mend_shard` does."""
+    clock, claims = Clock(), _claims(store.url, job.run)
+    if not (claim := claims.take(shard.recipe_id, shard.shard)):
+        return ShardBusy(shard, str(claims.held_by(shard.recipe_id, shard.shard) or "another run"))
+    with _billed(store, job, shard, claim, clock) as images:
+        engine = partial(open_engine, job.model, job.dtype)
+        mended = mend_shard(
+            store, job.run, shard, lambda batch: _noted(partial(engine, batch), clock), job.batch_size, clock
+        )
+        images.append(mended.made)
+    return replace(mended, seconds=clock.seconds)
+
+
 def _develop(
-    store: Store, job: Job, shard: ShardRef, care: Care, progress: Callable[[int], None] | None
+    store: Store, job: Job, shard: ShardRef, care: Care, progress: Callable[[int], None] | None, clock: Clock
 ) -> ShardMade | ShardBusy:
-    clock = Clock()
     engine = partial(_noted, partial(open_engine, job.model, job.dtype, job.batch_size), clock)
     scorer = partial(_noted, partial(open_scorer, job.scorer, job.scorer_batch), clock)
     if all(map(store.exists, results(shard, job.fingerprint, job.judging))):  # nobody needs to be kept from it
-        return generate_shard(store, job.run, shard, engine, job.batch_size, progress=progress, clock=clock)
+        found = generate_shard(store, job.run, shard, engine, job.batch_size, progress=progress, clock=clock)
+        return replace(found, seconds=0.0)  # looking it up is no device's work
     claims = _claims(store.url, job.run)
-    claim = claims.take(shard.recipe_id, shard.shard)
-    if claim is None:
+    if not (claim := claims.take(shard.recipe_id, shard.shard)):
         return ShardBusy(shard, str(claims.held_by(shard.recipe_id, shard.shard) or "another run"))
     judge: Judge | None = None
 
@@ -123,33 +139,40 @@ def _develop(
         if claim.lost:
             raise _Lost
 
-    images = 0
     try:
-        made = generate_shard(
-            store,
-            job.run,
-            shard,
-            engine,
-            job.batch_size,
-            progress=counted,
-            seen=seen,
-            clock=clock,
-            care=care,
-            trying=partial(_say_trying, store, job.run, shard.shard),
-        )
-        images = made.made
-        score_shard(store, shard, job.fingerprint, scorer, judge, clock)
-        if job.judging.calibration:
-            form_shard(store, shard, job.fingerprint, job.judging.calibration, scorer)
-        if job.judging.safety:
-            judge_shard(store, shard, job.judging.safety, scorer)
+        with _billed(store, job, shard, claim, clock) as images:
+            made = generate_shard(
+                store,
+                job.run,
+                shard,
+                engine,
+                job.batch_size,
+                progress=counted,
+                seen=seen,
+                clock=clock,
+                care=care,
+                trying=partial(_say_trying, store, job.run, shard.shard),
+            )
+            images.append(made.made)
+            score_shard(store, shard, job.fingerprint, scorer, judge, clock)
+            if job.judging.calibration:
+                form_shard(store, shard, job.fingerprint, job.judging.calibration, scorer)
+            if job.judging.safety:
+                judge_shard(store, shard, job.judging.safety, scorer)
     except _Lost:
-        return ShardBusy(shard, "a run that took it over, since this one was silent for too long")
-    finally:  # what failed was paid for, too
+        return ShardBusy(shard, "a run that took it over, since this one was silent for too long", clock.seconds)
+    return replace(made, seconds=clock.seconds)
+
+
+@contextmanager
+def _billed(store: Store, job: Job, shard: ShardRef, claim: Claim, clock: Clock) -> Iterator[list[int]]:
+    """What is done inside is released and paid for in the end, also where it failed; the list takes the images that were made."""
+    images: list[int] = []
+    try:
+        yield images
+    finally:
         claim.release()
-        spent = clock.spent(images, device_name() if "torch" in sys.modules else "")
-        record(store, job.run, shard, spent)
-    return replace(made, seconds=spent.seconds)
+        record(store, job.run, shard, clock.spent(sum(images), device_name() if "torch" in sys.modules else ""))
 
 
 # --- what a process holds ----------------------------------------------------------------------------------------------

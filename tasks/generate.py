@@ -38,9 +38,8 @@ Row = dict[str, Any]
 BLACK_MAX = 8  # the brightest value of all
 CONSTANT_STD = 1.0  # the largest standard deviation of the three channels
 ERROR_LENGTH = 300
-AHEAD = (
-    3  # batches that wait to be encoded and written, at most; so a slow store holds the model up, and memory stays flat
-)
+# batches that wait to be encoded and written, at most: so a slow store holds the model up, and memory stays flat
+AHEAD = 3
 
 
 class NotReproduced(DarkroomError):
@@ -85,9 +84,9 @@ def generate_shard(
 ) -> ShardMade:
     """Make what the store lacks of a shard; a finished shard is only looked at, and the engine then never opened.
 
-    `progress` is told the number of candidates done, batch by batch; an exception it raises stops the work. `seen` gets each batch as soon
-    as it is made, before it is encoded. `clock` measures where the time goes. A candidate the engine fails on becomes a row with an
-    `error` and no image, and the shard goes on. Raises EngineError (the engine as a whole fails), Missing, CorruptObject.
+    `progress` is told the number of candidates done, batch by batch; an exception it raises stops the work. `seen` gets each batch
+    as soon as it is made, before it is encoded. `clock` measures where the time goes. A candidate the engine fails on becomes a
+    row with an `error` and no image, and the shard goes on. Raises EngineError (the engine as a whole fails), Missing, CorruptObject.
     """
     clock = clock or Clock()
     progress = progress or (lambda done: None)
@@ -112,22 +111,24 @@ def mend_shard(
     shard: ShardRef,
     open_engine: Callable[[int], Engine],
     batch_size: int,
+    clock: Clock | None = None,
     image_format: str = "png",
 ) -> ShardMade:
     """Make those parts of a finished shard again that are lost or damaged; the others are read, and kept as they are.
 
-    `open_engine` is told the batch size. The images come out as they were; the new index says which run made them again. Raises NotReproduced (they do not: other
-    hardware or libraries; the damage is then left as it is), EngineError, Missing and CorruptObject (the index of a shard that
-    another plan made cannot be read).
+    `open_engine` is told the batch size. The images come out as they were; the new index says which run made them again. `clock`
+    measures where the time goes. Raises NotReproduced (they do not: other hardware or libraries; the damage is then left as it
+    is), EngineError, Missing and CorruptObject (the index of a shard that another plan made cannot be read).
     """
-    clock = Clock()
+    clock = clock or Clock()
     try:
         index = shards.read_index(store, shard.recipe_id, shard.shard)
-    except CorruptObject:
+    except (CorruptObject, Missing):
         if shard.reused:
             raise
         store.delete(layout.shard_index(shard.recipe_id, shard.shard))
-        return generate_shard(store, run, shard, partial(open_engine, batch_size), batch_size, image_format)
+        engine = partial(open_engine, batch_size)
+        return generate_shard(store, run, shard, engine, batch_size, image_format, clock=clock)
     work = _Work(store, run, shard, batch_size, image_format, clock)
     rows, made = work.mend(index, open_engine)
     if made:
@@ -146,7 +147,7 @@ def _summary(store: Store, shard: ShardRef, wanted: list[str], made: list[str], 
         found=index.height - errors - images_made,
         errors=errors,
         degenerate=index.filter(pl.col("degenerate").is_not_null()).height,
-        seconds=clock.spent(images_made, "").seconds,
+        seconds=clock.seconds,
     )
 
 

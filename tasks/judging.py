@@ -14,10 +14,8 @@ from tasks.score import read_form
 from tasks.scorers.forms import Form
 from tasks.selection import Policy
 from tasks.selection.columns import GATES
-from tasks.store import Store, layout
+from tasks.store import AT_ONCE, Store, layout
 from tasks.store.shards import read_index, read_scores
-
-THREADS = 16  # objects read at once: a remote store takes tens of milliseconds for each
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def near_copies(
     """
     if not policy.duplicate_cosine and policy.duplicate_bits < 0:
         return {}
-    with ThreadPoolExecutor(THREADS) as threads:
+    with ThreadPoolExecutor(AT_ONCE) as threads:
         read = threads.map(lambda shard: read_candidates(store, shard, fingerprint, judging), plan.shards)
         rows = pl.concat(
             frame.with_columns(orders=pl.lit(shard.orders)) for frame, shard in zip(read, plan.shards, strict=True)

@@ -28,9 +28,8 @@ if TYPE_CHECKING:
 NAMESPACE = "darkroom"
 PRODUCER = "https://pypi.org/project/darkroom"
 BACKEND_GRACE_S = 5.0  # how long a run that has ended waits for a slow lineage backend
-BACKEND_QUEUE = (
-    1000  # events a dead backend may keep waiting in memory; later ones are dropped there, never in the store
-)
+# events a dead backend may keep waiting in memory; later ones are dropped there, never in the store
+BACKEND_QUEUE = 1000
 
 log = logging.getLogger(__name__)
 

@@ -22,12 +22,11 @@ from tasks.engines import Recipe
 from tasks.errors import DarkroomError
 from tasks.references import ManifestRef, PlanRef, ShardRef
 from tasks.selection import Policy, check_quotas
-from tasks.store import Missing, Store, layout
+from tasks.store import AT_ONCE, Missing, Store, layout
 from tasks.store.objects import parquet_bytes
 
 OVERRIDES = ("width", "height", "steps", "guidance", "sampler")  # a manifest's columns that change the recipe
 SLICE = 65_536  # candidates worked on at once: more are no faster, and take more memory
-THREADS = 16  # objects read or written at once: a remote store takes tens of milliseconds for each
 EDITION_STRIDE = 100_000  # more candidates than a prompt may have in all rounds of an edition
 KEY_DIGITS = 12  # of the content's digest, in the name of an orders file
 
@@ -224,7 +223,7 @@ def _find_made(store: Store, recipe_id: str, prompts: pl.DataFrame) -> pl.DataFr
     finished = [shard for shard, key in listed if key == layout.shard_index(recipe_id, shard)]
     numbers = prompts.select("prompt_id", "number")
     made = [pl.DataFrame(schema={"index": pl.Int32, "shard": pl.Categorical, "number": pl.UInt32})]
-    with ThreadPoolExecutor(THREADS) as threads:
+    with ThreadPoolExecutor(AT_ONCE) as threads:
         for start in range(0, len(finished), 256):
             indexes = threads.map(lambda shard: _read_index(store, recipe_id, shard), finished[start : start + 256])
             made.append(pl.concat(indexes).join(numbers, on="prompt_id").drop("prompt_id"))
@@ -330,7 +329,7 @@ def _write(store: Store, orders: Iterable[tuple[ShardRef, pa.Table]]) -> list[Sh
     shards: list[ShardRef] = []
     waiting: deque[tuple[int, Future[None]]] = deque()  # candidates, and their writing
     ahead = 0
-    with ThreadPoolExecutor(THREADS) as threads:
+    with ThreadPoolExecutor(AT_ONCE) as threads:
         for shard, table in orders:
             while waiting and ahead + shard.candidates > SLICE:
                 candidates, writing = waiting.popleft()

@@ -79,9 +79,7 @@ class Selection:
     reasons: dict[str, int]  # "verdict: reason" → candidates
     rejection_rate: float | None  # rejected / (accepted + rejected); None where there is neither
     threshold: float | None  # lowest accepted score; None where nothing is accepted
-    starved: tuple[str, ...] = field(
-        default=()
-    )  # prompt ids that got fewer than k_min images, the first STARVED of them
+    starved: tuple[str, ...] = ()  # prompt ids that got fewer than k_min images, the first STARVED of them
     n_starved: int = 0  # how many there are
     starved_by_global_cut: int = 0  # prompts that one cut over all scores, for as many images, would leave without any
 

@@ -58,9 +58,8 @@ def release(
         return _reference(name, there)
     rows = accepted_rows(store, selection, plan)
     version = there["version"] if there else snapshots.claim(store, folder, writer)
-    if not there and (
-        there := snapshots.find(store, folder, writer)
-    ):  # the same run, started twice, has just committed
+    # the same run, started twice, may have committed just now
+    if not there and (there := snapshots.find(store, folder, writer)):
         return _reference(name, there)
 
     further = _user_columns(store, manifest)

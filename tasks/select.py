@@ -22,12 +22,11 @@ from tasks.selection import Policy, SelectionError, check_quotas, judged, select
 from tasks.selection.columns import Columns, PackedIds
 from tasks.selection.ranking import RANK_UNIT
 from tasks.selection.verdicts import Decision, decide
-from tasks.store import Store, layout
+from tasks.store import AT_ONCE, Store, layout
 
 __all__ = ["RANK_UNIT", "Policy", "SelectionError", "check_quotas", "judge_run", "select"]
 
 SLICE = 250_000  # candidates read or written at once
-THREADS = 16  # objects read at once: a remote store takes tens of milliseconds for each
 DECISIVE = (["candidate_id", "prompt_id"], ["candidate_id", "degenerate", "error"])  # of a shard's orders and its index
 ALL = (
     ["candidate_id", "prompt_id", "recipe_id", "index", "seed"],
@@ -113,7 +112,7 @@ class _Shards:
 
     def read(self, numbers: Sequence[int], columns: tuple[list[str], list[str]]) -> list[pl.DataFrame]:
         """Their candidates, those of the plan only: `columns` of their orders and indexes, cosine, and what `more` adds."""
-        with ThreadPoolExecutor(THREADS) as threads:
+        with ThreadPoolExecutor(AT_ONCE) as threads:
             return list(threads.map(lambda number: self._read(self.shards[number], *columns), numbers))
 
     def _read(self, shard: ShardRef, ordered: list[str], made: list[str]) -> pl.DataFrame:

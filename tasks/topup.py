@@ -30,9 +30,9 @@ from tasks.errors import DarkroomError
 from tasks.judging import Judging, near_copies, read_candidates
 from tasks.plan import load_plan
 from tasks.references import ManifestRef, PlanRef, ShardRef
-from tasks.select import THREADS, Policy
+from tasks.select import Policy
 from tasks.selection.columns import GATES
-from tasks.store import Store, layout
+from tasks.store import AT_ONCE, Store, layout
 
 PRIOR = 4.0  # s: candidates of its own that a prompt needs to count as much as its stratum
 CONFIDENCE = 0.8  # of having enough after a round; a higher one wastes candidates, a lower one rounds
@@ -197,7 +197,7 @@ def standing(
     def counted_of(shard: ShardRef) -> pl.DataFrame:
         return _counted(store, shard, fingerprint, policy.floor, judging, copies.get(shard.orders))
 
-    with ThreadPoolExecutor(THREADS) as threads:
+    with ThreadPoolExecutor(AT_ONCE) as threads:
         counted = pl.concat(threads.map(counted_of, plan.shards))
     by_prompt = counted.group_by("prompt_id").agg(
         pl.col("made", "eligible").sum(), pl.col("best", "score").sort_by("score", "best", descending=True).first()

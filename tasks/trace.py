@@ -20,12 +20,10 @@ from tasks.gates.safety import read_margins
 from tasks.identity import ID_LENGTH
 from tasks.judging import judging_of
 from tasks.runs import finished_runs, load_recipe, load_run
-from tasks.store import Store, images, layout, snapshots
+from tasks.store import AT_ONCE, Store, images, layout, snapshots
 from tasks.store.shards import index_keys, read_index
 
 PREFIX_LENGTH = 8  # 32 bits: what people paste from a log, and still unique among 10,000 images
-THREADS = 16  # objects read at once: a remote store takes tens of milliseconds for each
-
 Facts = dict[str, Any]
 
 
@@ -233,5 +231,5 @@ def _releases(store: Store, candidate_id: str, runs: set[str]) -> list[Facts]:
 
 
 def _map(work: Callable[[str], Any], keys: list[str]) -> Iterator[Any]:
-    with ThreadPoolExecutor(THREADS) as threads:
+    with ThreadPoolExecutor(AT_ONCE) as threads:
         yield from threads.map(work, keys)

@@ -30,15 +30,16 @@ ATTENTION = (
 )
 
 
-OPTIONS = (
-    "guidance_until",
-    "compiled",
-    "attention",
-)  # fields of Recipe that are part of its id when they are not at default
+# fields of Recipe that are part of its id when they are not at default
+OPTIONS = ("guidance_until", "compiled", "attention")
 
 
 class EngineError(DarkroomError):
     """The engine cannot be opened or cannot do what the recipe asks for."""
+
+
+class DeviceFailed(EngineError):
+    """The device failed: this process can compute nothing on it any more, another one perhaps can."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from tasks.engines import EngineError, Images, Order, Recipe
+from tasks.engines import DeviceFailed, EngineError, Images, Order, Recipe
 from tasks.engines.decoding import Decoding, quantised, synchronise
 from tasks.engines.memory import free_memory, is_out_of_memory
 from tasks.engines.models import (
@@ -211,7 +211,7 @@ def _load(folder: ModelFolder, dtype: str) -> Any:
 
 @contextmanager
 def _engine_errors(model: str) -> "Iterator[None]":
-    """Turns errors of the device, after which no other order would fare better, into EngineError."""
+    """Turns errors of the device, after which no other order would fare better, into EngineError and DeviceFailed."""
     import torch
 
     try:
@@ -220,5 +220,7 @@ def _engine_errors(model: str) -> "Iterator[None]":
         if is_out_of_memory(error):
             raise EngineError(f"model '{model}': {error}; use a smaller batch size, image size or dtype") from error
         if isinstance(error, torch.AcceleratorError):
-            raise EngineError(f"model '{model}': the device failed: {error}; start the run again") from error
+            raise DeviceFailed(
+                f"model '{model}': the device failed: {error}; see its driver's log, and start the run again"
+            ) from error
         raise

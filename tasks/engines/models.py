@@ -20,11 +20,8 @@ if TYPE_CHECKING:
 TEXT_SUFFIXES = (".json", ".txt", ".model")
 DEFAULTS_FILE = "darkroom.json"  # beside model_index.json: {"steps": …, "guidance": …, "sampler": …}, any of them
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-NOT_LOADED = (
-    "safety_checker",
-    "feature_extractor",
-    "image_encoder",
-)  # it blackens images in place; the others serve it
+# the checker blackens images in place; the others serve it
+NOT_LOADED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 @dataclass(frozen=True)
@@ -43,9 +40,8 @@ class Family:
     defaults: Defaults
     negative: bool = True  # whether a negative prompt has an effect
     max_t5_tokens: int = 0  # 0: has no T5
-    chooses_attention: bool = (
-        False  # whether its attention goes through diffusers' dispatcher; elsewhere a choice has no effect
-    )
+    # whether its attention goes through diffusers' dispatcher; elsewhere a choice has no effect
+    chooses_attention: bool = False
 
 
 FAMILIES = {

@@ -1,6 +1,6 @@
 """The object store: where things are (`layout`), how they are written (`objects`), how a version is committed (`snapshots`)."""
 
 from tasks.store.errors import CorruptObject, DiskFailed, DiskFull, Missing, StoreError, StoreUnreachable
-from tasks.store.objects import Store
+from tasks.store.objects import AT_ONCE, Store
 
-__all__ = ["CorruptObject", "DiskFailed", "DiskFull", "Missing", "Store", "StoreError", "StoreUnreachable"]
+__all__ = ["AT_ONCE", "CorruptObject", "DiskFailed", "DiskFull", "Missing", "Store", "StoreError", "StoreUnreachable"]

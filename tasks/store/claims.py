@@ -40,7 +40,7 @@ from tasks.store.objects import Missing, Store
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 10.0
-SILENCE_SECONDS = 60.0  # six beats: a busy machine or a slow store may miss some
+SILENCE_SECONDS = 120.0  # longer than the store's own patience (persistence): a holder may sit an outage out
 TURNS = 10  # of `take`: in each, another took, released or finished the shard just then
 _NUMBER = re.compile(r".*/(\d+)\.json")
 
@@ -301,9 +301,8 @@ class Claims:
             for claim in held:
                 try:
                     claim.beat()
-                except (
-                    Exception
-                ) as error:  # the store may be back at the next beat; a network's errors have no common class
+                # the store may be back at the next beat; a network's errors have no common class
+                except Exception as error:
                     log.warning("no beat of %s could be written: %s", claim.key, error)
 
     def _drop(self, claim: Claim) -> None:

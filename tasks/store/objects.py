@@ -29,6 +29,7 @@ from tasks.store import disk
 from tasks.store.errors import CorruptObject, DiskFailed, DiskFull, Missing, StoreError, StoreUnreachable
 from tasks.store.persistence import PATIENCE_S, answer, may_pass, persist, was_tried_again
 
+AT_ONCE = 16  # objects asked for at once, in threads: a remote store takes tens of milliseconds for each
 LOOK = "run `darkroom verify` for all that is wrong and what to do"
 # user:password@, where half of all AWS secrets hold a "/" (Azure's container@account is none)
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*:[^@\s]*@")
@@ -249,10 +250,8 @@ class Store:
             self._persist("write", key, lambda: self.fs.put_file(str(local), path))
 
     def delete(self, key: str) -> None:
-        with (
-            self._undisturbed(),
-            suppress(FileNotFoundError),
-        ):  # another's doing, or an earlier try's whose answer was lost
+        # not found: another's doing, or an earlier try's whose answer was lost
+        with self._undisturbed(), suppress(FileNotFoundError):
             if self.exists(key):
                 self._persist("delete", key, lambda: self.fs.rm_file(self.path(key)))
 

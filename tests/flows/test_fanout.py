@@ -69,8 +69,8 @@ def undisturbed(
     return ledger(folder / "store", summary["run"]), loads.read_text().splitlines()
 
 
-def children() -> list[int]:
-    """The worker processes of this one."""
+def children(parent: int) -> list[int]:
+    """The worker processes of a flow's."""
     found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -78,7 +78,7 @@ def children() -> list[int]:
             command = (status.parent / "cmdline").read_bytes()
         except OSError:
             continue
-        if int(fields[1]) == os.getpid() and b"spawn_main" in command:
+        if int(fields[1]) == parent and b"spawn_main" in command:
             found.append(int(status.parent.name))
     return found
 
@@ -127,9 +127,9 @@ def test_a_prompt_that_kills_its_worker_is_given_up_and_the_run_goes_on(
 
 def test_no_worker_outlives_the_run(undisturbed):
     end = time.monotonic() + 20
-    while children() and time.monotonic() < end:
+    while children(os.getpid()) and time.monotonic() < end:
         time.sleep(0.1)
-    assert children() == []
+    assert children(os.getpid()) == []
 
 
 def test_a_ray_node_lost_in_the_middle_costs_nothing_but_time(undisturbed, small_manifest, tmp_path):
@@ -212,3 +212,16 @@ def test_a_spent_budget_ends_the_run_with_a_release_of_what_there_is(undisturbed
     assert (again["made"], again["version"]) == (0, 1)
     raised = run(small_manifest, tmp_path, workers=0)
     assert raised["ended"] is None and raised["made"] == 48 - len(made)
+
+
+def test_a_run_that_is_cancelled_while_its_workers_start_makes_nothing(prefect_api, small_manifest, tmp_path):
+    command = [sys.executable, "-m", "tests.flows.one_run", small_manifest, str(tmp_path), "0.6", "2"]
+    environment = {**os.environ, "PREFECT_API_URL": prefect_api, "PREFECT_LOGGING_LEVEL": "CRITICAL"}
+    flow = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not (workers := children(flow.pid)):
+        assert flow.poll() is None, flow.communicate()[1][-2000:]
+        time.sleep(0.01)
+    flow.send_signal(signal.SIGTERM)
+    assert flow.wait(60) != 0
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    assert not [key for key in Store(tmp_path).list(layout.CANDIDATES) if "part-" in key]

@@ -190,18 +190,19 @@ def test_form_floor_gate_and_near_copies_decide_together(first, small_manifest, 
 
 
 def test_damaged_images_are_made_again_and_the_release_is_the_same(first, small_manifest, tmp_path):
-    """One part is damaged before it is scored, one after; verify, which knew of neither before, finds nothing."""
+    """One part is damaged before it is scored, one after, one is lost; verify, which knew of none before, finds nothing."""
     whole = Store(first[0])
     place = Store(tmp_path / "damaged")
     shutil.copytree(first[0], tmp_path / "damaged")
     shards = {layout.shard_of(key): key for key in place.list("candidates") if "part-" in key}
-    (unscored, one), (_, other), *_ = shards.items()
+    (unscored, one), (_, other), (_, lost), *_ = shards.items()
     before = layout.scores(fingerprint(SCORER), unscored)
     place.delete(before)
     for key in (one, other):
         data = bytearray(place.read(key))
         data[len(data) // 2] ^= 1
         place.write(key, bytes(data))
+    place.delete(lost)
 
     policy = Policy(reject="0.4")
     summary = run(small_manifest, tmp_path / "damaged", policy=policy)

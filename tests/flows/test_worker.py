@@ -17,7 +17,7 @@ def begin_late(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.01)
     counter = multiprocessing.get_context("spawn").Value("q", 0, lock=False)
-    worker.begin(parent, counter, counter, {})
+    worker.begin(parent, counter, counter, multiprocessing.get_context("spawn").Value("q", 0, lock=False), {})
     time.sleep(120)
 
 

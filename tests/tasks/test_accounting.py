@@ -30,7 +30,7 @@ from tasks.accounting import (
     write_accounting,
 )
 from tasks.references import ShardRef
-from tasks.store import Store, layout
+from tasks.store import DiskFull, Store, StoreUnreachable, layout
 
 RUN = "0123456789ab"
 SHARD = ShardRef("f" * 32, "e" * 32, "runs/x/plan/round-00/shard-00000.parquet", 8)
@@ -193,8 +193,10 @@ def test_a_bill_that_cannot_be_written_costs_no_shard(tmp_path, caplog, monkeypa
 
         return create
 
-    monkeypatch.setattr(store, "create", fails(ConnectionResetError("gone")))
-    assert record(store, RUN, SHARD, spent) is None and "(1.0 s) was not recorded: gone" in caplog.text
+    for error in (ConnectionResetError("gone"), StoreUnreachable("gone"), DiskFull("gone")):
+        caplog.clear()
+        monkeypatch.setattr(store, "create", fails(error))
+        assert record(store, RUN, SHARD, spent) is None and "(1.0 s) was not recorded: gone" in caplog.text
     monkeypatch.setattr(store, "create", fails(PermissionError("no")))
     with pytest.raises(PermissionError):  # will not pass by itself: whoever runs this has to know
         record(store, RUN, SHARD, spent)
