@@ -16,13 +16,13 @@ from flows.pools import DeviceLost, Pool, WorkerDied
 from flows.progress import Progress
 from tasks.accounting import spent_so_far
 from tasks.budget import Budget, cut, finished_shards
-from tasks.develop import STORE_GONE, Job, Outcome, ShardBusy, ShardFailed, tried
+from tasks.develop import Job, Outcome, ShardBusy, ShardFailed, tried
 from tasks.engines import EngineError
 from tasks.errors import DarkroomError
 from tasks.generate import Care
-from tasks.judging import results
+from tasks.judging import is_finished
 from tasks.references import PlanRef, ShardMade, ShardRef
-from tasks.store import CorruptObject, Missing, Store
+from tasks.store import CorruptObject, Missing, Store, StoreGone
 from tasks.topup import canary_shard
 
 TASK_SECONDS = 300.0  # that the shards of a task fill: long beside what starting it costs, short beside a night
@@ -267,7 +267,7 @@ class _Night:
                 self._first.append((steps.mend, shard))
             case ShardFailed(error=error):
                 self._fail(shard, error)
-                if isinstance(error, STORE_GONE):
+                if isinstance(error, StoreGone):
                     for other in self._not_started():
                         self._fail(other, error)
                     self._start_no_more()
@@ -309,8 +309,7 @@ class _Night:
     def _after_death(self, step: Any, shards: tuple[ShardRef, ...], death: WorkerDied) -> None:
         """The shards go back; the one that was in the making goes first, with care."""
         store = Store(self.store)
-        wanted = [results(shard, self.job.fingerprint, self.job.judging) for shard in shards]
-        rest = [shard for shard, keys in zip(shards, wanted, strict=True) if not all(map(store.exists, keys))]
+        rest = [shard for shard in shards if not is_finished(store, shard, self.job.fingerprint, self.job.judging)]
         suspect = (rest or shards)[0]  # they are made in this order
         key = suspect.shard
         self._deaths[key] += not isinstance(death, DeviceLost)

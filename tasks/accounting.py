@@ -20,7 +20,7 @@ from typing import Any
 
 from tasks import tables
 from tasks.references import ShardRef
-from tasks.store import AT_ONCE, DiskFailed, DiskFull, Store, StoreError, StoreUnreachable, layout
+from tasks.store import AT_ONCE, Store, StoreError, StoreGone, layout
 from tasks.store.persistence import may_pass
 
 ON_DEVICE = ("load", "denoise", "decode", "score")  # what the thread that holds the device does, one after the other
@@ -153,7 +153,7 @@ def record(store: Store, run: str, shard: ShardRef, spent: Spent) -> str | None:
             if store.create(key, data) or store.read(key) == data:
                 return key
     except Exception as error:
-        if not may_pass(error) and not isinstance(error, StoreUnreachable | DiskFull | DiskFailed):
+        if not may_pass(error) and not isinstance(error, StoreGone):
             raise
         log.warning(
             "what shard %s of run %s spent (%.1f s) was not recorded: %s", shard.shard, run, spent.seconds, error

@@ -16,9 +16,9 @@ from typing import Any
 from pydantic import BaseModel, Field, model_validator
 
 from tasks.errors import DarkroomError
-from tasks.judging import Judging, results
+from tasks.judging import Judging, is_finished
 from tasks.plan import load_plans
-from tasks.references import PlanRef, ShardRef
+from tasks.references import PlanRef
 from tasks.selection import SelectionError
 from tasks.store import AT_ONCE, CorruptObject, Missing, Store, layout
 
@@ -114,12 +114,8 @@ def cut(plan: PlanRef, finished: Collection[str]) -> PlanRef:
 
 def finished_shards(store: Store, plan: PlanRef, fingerprint: str, judging: Judging) -> set[str]:
     """The keys of the orders of those shards that are made and judged by all that the run judges by, whoever did it."""
-
-    def is_finished(shard: ShardRef) -> bool:
-        return all(map(store.exists, results(shard, fingerprint, judging)))
-
     with ThreadPoolExecutor(AT_ONCE) as threads:
-        done = threads.map(is_finished, plan.shards)
+        done = threads.map(lambda shard: is_finished(store, shard, fingerprint, judging), plan.shards)
         return {shard.orders for shard, is_done in zip(plan.shards, done, strict=True) if is_done}
 
 

@@ -23,11 +23,11 @@ from tasks.errors import Stopped
 from tasks.gates import GateError
 from tasks.gates.safety import judge_shard
 from tasks.generate import Care, Made, generate_shard, mend_shard
-from tasks.judging import Judging, results
+from tasks.judging import Judging, is_finished
 from tasks.references import ShardMade, ShardRef
 from tasks.score import Judge, form_shard, opened, score_shard
 from tasks.scorers import ScorerError, open_scorer
-from tasks.store import DiskFailed, DiskFull, Store, StoreUnreachable, layout
+from tasks.store import Store, StoreGone, layout
 from tasks.store.claims import Claim, Claims
 
 
@@ -68,7 +68,6 @@ class _Lost(Exception):
 
 
 Outcome = ShardMade | ShardBusy | ShardFailed
-STORE_GONE = (StoreUnreachable, DiskFull, DiskFailed)  # after which no shard can be kept
 
 
 def develop(
@@ -91,7 +90,7 @@ def develop(
             outcomes.append(_develop(store, job, shard, (care or {}).get(shard.shard, Care()), progress, clock))
         except (DeviceFailed, ScorerError, CalibrationError, GateError, MemoryError, Stopped):
             raise
-        except (EngineError, *STORE_GONE) as error:
+        except (EngineError, StoreGone) as error:
             failed = ShardFailed(shard, error, clock.seconds)
             return [*outcomes, failed, *(ShardFailed(other, error) for other in shards[number + 1 :])]
         except Exception as error:
@@ -101,9 +100,9 @@ def develop(
 
 def mend(store: Store, job: Job, shard: ShardRef) -> ShardMade | ShardBusy:
     """Make again what is damaged or lost of a finished shard, unless another run is about it. Raises what `mend_shard` does."""
-    clock, claims = Clock(), _claims(store.url, job.run)
-    if not (claim := claims.take(shard.recipe_id, shard.shard)):
-        return ShardBusy(shard, str(claims.held_by(shard.recipe_id, shard.shard) or "another run"))
+    clock = Clock()
+    if isinstance(claim := _claimed(store, job, shard), ShardBusy):
+        return claim
     with _billed(store, job, shard, claim, clock) as images:
         engine = partial(open_engine, job.model, job.dtype)
         mended = mend_shard(
@@ -118,12 +117,11 @@ def _develop(
 ) -> ShardMade | ShardBusy:
     engine = partial(_noted, partial(open_engine, job.model, job.dtype, job.batch_size), clock)
     scorer = partial(_noted, partial(open_scorer, job.scorer, job.scorer_batch), clock)
-    if all(map(store.exists, results(shard, job.fingerprint, job.judging))):  # nobody needs to be kept from it
+    if is_finished(store, shard, job.fingerprint, job.judging):  # nobody needs to be kept from it
         found = generate_shard(store, job.run, shard, engine, job.batch_size, progress=progress, clock=clock)
         return replace(found, seconds=0.0)  # looking it up is no device's work
-    claims = _claims(store.url, job.run)
-    if not (claim := claims.take(shard.recipe_id, shard.shard)):
-        return ShardBusy(shard, str(claims.held_by(shard.recipe_id, shard.shard) or "another run"))
+    if isinstance(claim := _claimed(store, job, shard), ShardBusy):
+        return claim
     judge: Judge | None = None
 
     def seen(made: Sequence[Made]) -> None:
@@ -162,6 +160,12 @@ def _develop(
     except _Lost:
         return ShardBusy(shard, "a run that took it over, since this one was silent for too long", clock.seconds)
     return replace(made, seconds=clock.seconds)
+
+
+def _claimed(store: Store, job: Job, shard: ShardRef) -> Claim | ShardBusy:
+    claims = _claims(store.url, job.run)
+    claim = claims.take(shard.recipe_id, shard.shard)
+    return claim or ShardBusy(shard, str(claims.held_by(shard.recipe_id, shard.shard) or "another run"))
 
 
 @contextmanager

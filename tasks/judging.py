@@ -46,6 +46,11 @@ def results(shard: ShardRef, fingerprint: str, judging: Judging) -> list[str]:
     return keys
 
 
+def is_finished(store: Store, shard: ShardRef, fingerprint: str, judging: Judging) -> bool:
+    """Whether all that a shard comes to is there, whoever made it."""
+    return all(map(store.exists, results(shard, fingerprint, judging)))
+
+
 def read_candidates(store: Store, shard: ShardRef, fingerprint: str, judging: Judging) -> pl.DataFrame:
     """The candidates a shard was ordered to make: candidate_id, prompt_id, cosine, phash, error, degenerate, unsafe, score.
 

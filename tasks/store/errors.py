@@ -24,13 +24,17 @@ class CorruptObject(StoreError):
     """An object is there, but its bytes are not those that were written."""
 
 
-class StoreUnreachable(StoreError):
+class StoreGone(StoreError):
+    """Nothing can be kept in the store any more, whatever it is."""
+
+
+class StoreUnreachable(StoreGone):
     """The store kept failing for as long as an operation was tried again, or it could not be asked at all (no credentials)."""
 
 
-class DiskFull(StoreError):
+class DiskFull(StoreGone):
     """The disk of a local store, or the quota on it, has no room for an object."""
 
 
-class DiskFailed(StoreError):
+class DiskFailed(StoreGone):
     """The disk of a local store could not be read or written, though there is room."""

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.flows.conftest import ROOT
+
 KINDS = {"flow", "worker", "flow+workers", "store", "proxy", "two runs"}
 
 

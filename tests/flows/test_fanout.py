@@ -13,6 +13,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from benchmarks.chaos_attempts import processes
 from flows.nightly import nightly
 from flows.parameters import Budget, Generation, Policy, Scoring, Workers
 from tasks.accounting import read_spent
@@ -71,16 +72,7 @@ def undisturbed(
 
 def children(parent: int) -> list[int]:
     """The worker processes of a flow's."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rsplit(")", 1)[1].split()
-            command = (status.parent / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if int(fields[1]) == parent and b"spawn_main" in command:
-            found.append(int(status.parent.name))
-    return found
+    return [pid for pid, its_parent, command in processes() if its_parent == parent and b"spawn_main" in command]
 
 
 def test_each_of_two_workers_loads_each_model_once_for_all_its_shards(undisturbed):

@@ -16,8 +16,8 @@ def begin_late(parent: int) -> None:
     """A worker whose flow is killed while it still loads its modules."""
     while os.getppid() == parent:
         time.sleep(0.01)
-    counter = multiprocessing.get_context("spawn").Value("q", 0, lock=False)
-    worker.begin(parent, counter, counter, multiprocessing.get_context("spawn").Value("q", 0, lock=False), {})
+    spawn = multiprocessing.get_context("spawn")
+    worker.begin(parent, *(spawn.Value("q", 0, lock=False) for _ in range(3)), {})
     time.sleep(120)
 
 
