@@ -115,7 +115,7 @@ def _releaser(store: Store, dataset: str, version: str) -> str:
 
 def load_recipe(store: Store, recipe_id: str) -> Recipe:
     """The recipe with this id. Raises Missing."""
-    return Recipe(**store.read_json(layout.recipe(recipe_id)))
+    return Recipe.from_json(store.read_json(layout.recipe(recipe_id)))
 
 
 def recipe_frame(store: Store, recipe_ids: pl.Series) -> pl.DataFrame:

@@ -44,6 +44,7 @@ def trace(store: Store, id_or_path: str) -> Facts:
     (made,) = read_index(store, found["recipe_id"], shard).filter(pl.col("candidate_id") == candidate_id).to_dicts()
     verdicts = list(_verdicts(store, candidate_id, shard))
     runs = [verdict["run"] for verdict in verdicts] or [made["run"]]
+    recipe = load_recipe(store, made["recipe_id"])
     return {
         "image": {
             "candidate_id": candidate_id,
@@ -64,7 +65,7 @@ def trace(store: Store, id_or_path: str) -> Facts:
             "prompt_id": made["prompt_id"],
             "manifests": _manifests(store, made["prompt_id"], runs),
         },
-        "recipe": {"recipe_id": made["recipe_id"], **asdict(load_recipe(store, made["recipe_id"]))},
+        "recipe": {"recipe_id": made["recipe_id"], **asdict(recipe), "adapters": list(map(asdict, recipe.adapters))},
         "scores": _scores(store, shard, candidate_id),
         "verdicts": verdicts,
         "releases": _releases(store, candidate_id, {v["run"] for v in verdicts if v["verdict"] == "accepted"}),

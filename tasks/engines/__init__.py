@@ -31,7 +31,7 @@ ATTENTION = (
 
 
 # fields of Recipe that are part of its id when they are not at default
-OPTIONS = ("guidance_until", "compiled", "attention")
+OPTIONS = ("guidance_until", "compiled", "attention", "adapters")
 
 
 class EngineError(DarkroomError):
@@ -40,6 +40,15 @@ class EngineError(DarkroomError):
 
 class DeviceFailed(EngineError):
     """The device failed: this process can compute nothing on it any more, another one perhaps can."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA or a textual inversion that a model wears. Its tensors count, by their digest; not where its file is."""
+
+    source: str  # path or URL of its folder or file, for whoever loads it; not part of a recipe's id
+    digest: str  # 32 hexadecimal digits over its tensors
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -58,13 +67,22 @@ class Recipe:
     guidance_until: float = 1.0  # share of the steps (0–1) after which guidance is switched off; 1: never
     compiled: bool = False  # whether the model's repeated blocks are compiled: faster, and rounded otherwise
     attention: str = "sdpa"  # one of ATTENTION
+    adapters: tuple[Adapter, ...] = ()  # worn together, in this order
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Recipe":
+        """The recipe that `asdict` made this of, by way of JSON."""
+        return cls(**{**fields, "adapters": tuple(Adapter(**adapter) for adapter in fields.get("adapters", ()))})
 
     def identity(self) -> dict[str, Any]:
         """The part of the recipe that decides pixels. Options that came later count only where they are used: ids stay."""
         unused = {
-            field.name for field in fields(self) if field.name in OPTIONS and asdict(self)[field.name] == field.default
+            field.name for field in fields(self) if field.name in OPTIONS and getattr(self, field.name) == field.default
         }
-        return {name: value for name, value in asdict(self).items() if name != "model" and name not in unused}
+        known = {name: value for name, value in asdict(self).items() if name != "model" and name not in unused}
+        if self.adapters:
+            known["adapters"] = [[adapter.digest, adapter.weight] for adapter in self.adapters]
+        return known
 
     @property
     def recipe_id(self) -> str:

@@ -1,6 +1,8 @@
 """Where things are in the store (DESIGN §5). Keys are relative to the store's root and use `/` on every system."""
 
-RUNS, MANIFESTS, CANDIDATES, SCORES, DATASETS = "runs", "manifests", "candidates", "scores", "datasets"  # the roots
+# the roots
+RUNS, MANIFESTS, CANDIDATES, SCORES, DATASETS = "runs", "manifests", "candidates", "scores", "datasets"
+ADAPTERS, CHAMPIONS = "adapters", "champions"
 
 
 def manifest(sha256: str) -> str:
@@ -179,3 +181,33 @@ def lineage_images(run: str) -> str:
 def trying(run: str, shard: str) -> str:
     """The candidate that is made alone just now, since its batch killed a worker."""
     return f"runs/{run}/trying/{shard}.json"
+
+
+def adapter(digest: str) -> str:
+    """The folder of an adapter: its weights in two forms, and its card."""
+    return f"adapters/{digest}"
+
+
+def adapter_card(digest: str) -> str:
+    """The commit of an adapter: its facts and the list of its files."""
+    return f"adapters/{digest}/adapter.json"
+
+
+def training(training: str) -> str:
+    """The folder of a training: what was asked, its checkpoints and samples, and what came of it."""
+    return f"trainings/{training}"
+
+
+def champion(name: str) -> str:
+    """The folder of the snapshots that say which adapter makes the images of `name`."""
+    return f"champions/{name}"
+
+
+def promotion(digest: str) -> str:
+    """The folder of the evidence of a duel: decision.json, pairs.parquet, sheet.png."""
+    return f"promotions/{digest}"
+
+
+def evaluation(digest: str) -> str:
+    """What `darkroom evaluate` measured."""
+    return f"evaluations/{digest}.json"

@@ -127,7 +127,7 @@ def load_recipes(store: Store, planned: PlanRef) -> dict[str, tuple[str, ...]]:
     """Recipe id (checked against recipe.json) → its prompts."""
     found: dict[str, tuple[str, ...]] = {}
     for shard in planned.shards:
-        recipe = Recipe(**json.loads(store.read(layout.recipe(shard.recipe_id))))
+        recipe = Recipe.from_json(json.loads(store.read(layout.recipe(shard.recipe_id))))
         assert recipe.recipe_id == shard.recipe_id
         rows = orders(store, shard)
         assert rows["recipe_id"].unique().to_list() == [shard.recipe_id]

@@ -1,0 +1,18 @@
+"""`darkroom`: one file a group of commands. Heavy imports wait until a command needs them."""
+
+import typer
+
+from flows.cli.results import calibrate, diff, reselect, trace, verify
+from flows.cli.running import run
+
+COMMANDS = (run, reselect, diff, trace, verify, calibrate)
+
+app = typer.Typer(
+    name="darkroom",
+    help="Prompts in, a filtered, versioned, traceable image dataset out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in COMMANDS:
+    app.command()(command)

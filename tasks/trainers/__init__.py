@@ -1,0 +1,1 @@
+"""Who learns: one file a way of learning, one small protocol."""
