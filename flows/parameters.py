@@ -26,6 +26,7 @@ class Generation(BaseModel, frozen=True):
     """How candidates are made. A manifest's own columns (steps, guidance, …) go before these."""
 
     model: str = Field("data/models/tiny-sd", description="diffusers folder or hub name")
+    champion: bool = Field(True, description="make images with the champion of the dataset, where it has one")
     candidates: int = Field(5, ge=1, le=10_000, description="images to make per prompt (1–10,000)")
     sampler: Sampler = Field(Sampler.auto, description="auto: the model's own, mostly dpm++")
     steps: int = Field(0, ge=0, le=1000, description="sampling steps (1–1000); 0: the model's own")
@@ -76,6 +77,27 @@ class Generation(BaseModel, frozen=True):
         return {name: value for name, value in given.items() if name not in own or value != own[name]}
 
 
+class Learning(BaseModel, frozen=True):
+    """Whether the model learns from what was approved. What it learnt makes images only once the gate lets it."""
+
+    enabled: bool = Field(False, description="fine-tune the model on the approved images after the release")
+    options: str = Field(
+        "", description="settings of the training that differ from the model's own, such as: rank=8, steps=300"
+    )
+    releases: int = Field(0, ge=0, le=10_000, description="learn from the latest so many releases; 0: from all")
+    held_out: float = Field(
+        0.2, gt=0, le=0.9, description="share of the prompts that are never learnt from, for the gate to ask (0–0.9)"
+    )
+    exam: str = Field("", description="manifest of prompts for the gate to ask instead; none of them is learnt from")
+    anchors: str = Field(
+        "", description="Kohya dataset TOML of pictures that no model made, to be learnt along; empty: none"
+    )
+    anchor_share: float = Field(0.25, ge=0, lt=1, description="share of these in what is seen (0 to below 1)")
+    most_generations: int = Field(
+        3, ge=1, le=100, description="an adapter is at most so many trainings on generated images away from the base"
+    )
+
+
 class Workers(BaseModel, frozen=True):
     """Who makes and scores the candidates. Has no part in what comes out."""
 
@@ -124,4 +146,4 @@ class Scoring(BaseModel, frozen=True):
         return self
 
 
-__all__ = ["Budget", "Generation", "Policy", "Sampler", "Scoring", "Workers"]
+__all__ = ["Budget", "Generation", "Learning", "Policy", "Sampler", "Scoring", "Workers"]

@@ -138,8 +138,13 @@ def develop(store: str, job: "Job", shards: "tuple[ShardRef, ...]", care: "dict[
 def mend(store: str, shard: ShardRef, job: "Job") -> "ShardMade | ShardBusy":
     worker.settle()
     from tasks.develop import mend
+    from tasks.engines import DeviceFailed
 
-    return mend(Store(store), job, shard)
+    try:
+        return mend(Store(store), job, shard)
+    except DeviceFailed:
+        worker.leave()
+        raise
 
 
 @step(name="score", task_run_name="score {shard.shard}")
