@@ -143,13 +143,14 @@ def _buckets(number: int, dataset: Dataset, multiple: int) -> Iterator[list[_See
     """The pictures of a dataset with their repeats, by bucket, in ascending order of sizes."""
     buckets = Buckets(dataset, multiple)
     found: dict[Size, list[_Seen]] = defaultdict(list)
-    for (subset, picture), repeats in _repeats(dataset).items():
-        taken = dataset.subsets[subset].pictures[picture]
-        bucket, resize = buckets.place((taken.width, taken.height))
-        if dataset.subsets[subset].random_crop and not dataset.enable_bucket:
-            if taken.width >= bucket[0] and taken.height >= bucket[1]:
-                resize = taken.width, taken.height  # Kohya: a detail at the picture's own scale
-        place = _Place(number, subset, picture, bucket, resize)
+    for (subset, position), repeats in _repeats(dataset).items():
+        picture = dataset.subsets[subset].pictures[position]
+        size = picture.width, picture.height
+        bucket, resize = buckets.place(size)
+        detail = dataset.subsets[subset].random_crop and not dataset.enable_bucket
+        if detail and picture.width >= bucket[0] and picture.height >= bucket[1]:
+            resize = size  # Kohya: a part of the picture at its own scale
+        place = _Place(number, subset, position, bucket, resize)
         found[bucket] += [(place, repeat) for repeat in range(repeats)]
     for bucket in sorted(found):
         yield found[bucket]
