@@ -220,7 +220,7 @@ def _dataset(path: Path, number: int, options: dict[str, Any]) -> Dataset:
         inner = {**options, **own}
         found = _by_metadata(path, where, inner) if "metadata_file" in inner else _by_folder(path, where, inner)
         with ThreadPoolExecutor(AT_ONCE) as threads:
-            pictures = tuple(threads.map(lambda entry: _picture(where, *entry), found))
+            pictures = tuple(threads.map(partial(_picture, where), found))
         subsets.append(Subset(pictures, **_fields(Subset, inner)))
     resolution = options["resolution"]
     options["resolution"] = tuple(resolution) if isinstance(resolution, list) else (resolution, resolution)
@@ -318,8 +318,9 @@ def _with_extension(file: Path) -> Path:
     return next((full for end in sorted(IMAGES) if (full := file.with_name(file.name + end)).exists()), file)
 
 
-def _picture(where: str, file: Path, caption: str) -> Picture:
-    """Raises DatasetFileError."""
+def _picture(where: str, entry: tuple[Path, str]) -> Picture:
+    """The picture of an (image, caption). Raises DatasetFileError."""
+    file, caption = entry
     try:
         with Image.open(file) as image:
             width, height = image.size
