@@ -55,6 +55,8 @@ def export(store: Store, named: str, folder: str | Path, format: str = "kohya") 
     """
     if format not in FORMATS:
         raise ExportError(f"format '{format}' is not one that releases are exported to: {', '.join(FORMATS)}")
+    if "://" in str(folder):
+        raise ExportError(f"'{folder}' is a URL, but other trainers read local folders: name one")
     snapshot, folder = _snapshot(store, named), Path(folder).expanduser().resolve()
     named = f"{named.partition('@')[0]}@{snapshot['version']}"
     data = [file for file in snapshot["files"] if file["key"].endswith(".parquet")]

@@ -139,8 +139,9 @@ def _parse(path: Path) -> dict[str, Any]:
 
 def _problems(content: dict[str, Any]) -> Iterator[str]:
     """All that is wrong with the file, in its order; a sentence each."""
-    for name in content.keys() - {"general", "datasets"}:
-        yield f"unknown table [{name}]: a dataset file has [general], [[datasets]] and [[datasets.subsets]]"
+    for name in content:
+        if name not in ("general", "datasets"):
+            yield f"unknown table or key '{name}': a dataset file has [general], [[datasets]] and [[datasets.subsets]]"
     general, datasets = content.get("general", {}), content.get("datasets", [])
     if not isinstance(general, dict):
         yield "general must be a table: write [general]"

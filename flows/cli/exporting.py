@@ -1,6 +1,5 @@
 """`darkroom export`."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -10,7 +9,7 @@ from flows.cli.shared import StoreOption, errors
 
 def export(
     release: Annotated[str, typer.Argument(help="A release, such as demo@3.")],
-    to: Annotated[Path, typer.Option(help="Folder to write to; it must be new, empty, or hold this export already.")],
+    to: Annotated[str, typer.Option(help="Folder to write to; it must be new, empty, or hold this export already.")],
     format: Annotated[
         Literal["kohya"],
         typer.Option(help="kohya: image + caption file + dataset.toml, for Kohya, ai-toolkit and SimpleTuner."),

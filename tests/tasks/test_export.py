@@ -254,6 +254,14 @@ def test_a_name_without_a_version_is_told(tmp_path: Path):
         export(Store(tmp_path / "store"), "demo", tmp_path / "out")
 
 
+def test_places_and_formats_that_cannot_be_are_told(tmp_path: Path):
+    released(Store(tmp_path / "store"))
+    with pytest.raises(ExportError, match=r"'s3://bucket/out' is a URL"):
+        export(Store(tmp_path / "store"), "demo@1", "s3://bucket/out")
+    with pytest.raises(ExportError, match=r"format 'zip' is not one that releases are exported to: kohya"):
+        export(Store(tmp_path / "store"), "demo@1", tmp_path / "out", "zip")
+
+
 def test_a_damaged_release_is_not_exported(tmp_path: Path):
     store = Store(tmp_path / "store")
     released(store)

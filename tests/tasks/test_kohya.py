@@ -244,7 +244,7 @@ def test_a_metadata_file_names_images_and_captions(read, tmp_path: Path, form: s
         (ONE + "num_repeat = 3", r"known here are image_dir, metadata_file, is_reg, alpha_mask, num_repeats, "),
         ("zzz = 1\n" + ONE, r"\[\[datasets\]\] 1: unknown key 'zzz'; known here are resolution, "),
         ("[general]\nflip = true\n[[datasets]]\n" + ONE, r"\[general\]: unknown key 'flip' \(did you mean flip_aug\?\)"),
-        ("[generel]\n[[datasets]]\n" + ONE, r"unknown table \[generel\]"),
+        ("[generel]\n[[datasets]]\n" + ONE, r"unknown table or key 'generel'"),
         ('[general]\nimage_dir = "cats"\n[[datasets]]\n' + ONE, r"image_dir does not belong here, but into \[\[datasets\.s"),
         (ONE + "resolution = 64", r"subset 1: resolution does not belong here, but into \[\[datasets\]\] or \[general\]"),
         (ONE + 'num_repeats = "3"', r'num_repeats must be a whole number from 1, received "3"'),
