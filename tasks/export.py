@@ -1,9 +1,9 @@
 """A release as a folder that other trainers read: image, caption file, and Kohya's `dataset.toml`.
 
-`<candidate id>.png` (or .webp) is the image as it was released, byte for byte with its metadata; `<candidate id>.txt` beside it is its
-prompt in one line: what Kohya's sd-scripts, ai-toolkit and SimpleTuner read alike. `darkroom.json`, written first, says whose images
-these are; `dataset.toml`, written last, that they are all there. Files are renamed into place, so a killed export goes on with the same
-command.
+`<candidate id>.png` (or .webp) is the image as it was released, byte for byte with its metadata. `<candidate id>.txt` beside it is its
+prompt in one line without an end: Kohya's sd-scripts read a first line, ai-toolkit learns every line break, and SimpleTuner takes each
+line for another caption. `darkroom.json`, written first, says whose images these are; `dataset.toml`, written last, that they are all
+there. Files are renamed into place, so a killed export goes on with the same command.
 """
 
 import io
@@ -68,7 +68,7 @@ def export(store: Store, named: str, folder: str | Path, format: str = "kohya") 
         image = row["image"]["bytes"]
         name = Path(row["image"]["path"]).name
         # the caption first: who looks for images then finds none without it
-        caption = f"{one_line(row['prompt'])}\n".encode()
+        caption = one_line(row["prompt"]).encode()
         captioned = _put((folder / name).with_suffix(".txt"), caption, named)
         written += _put(folder / name, image, named) or captioned
         sizes[row["width"], row["height"]] += 1

@@ -2,7 +2,7 @@
 
 The order is Kohya's (`BaseDataset.process_caption` of sd-scripts): prefix and suffix are put on, the whole caption may drop out,
 then its parts are shuffled and some of them left out. Parts that are kept (`keep_tokens`, or what stands before a separator) neither
-move nor drop out.
+move nor drop out. Two things differ: empty parts ("a,,b") are left out, and a `keep_tokens_separator` is never learnt itself.
 """
 
 from random import Random
@@ -21,7 +21,7 @@ def vary(caption: str, subset: Subset, epoch: int, chance: Random) -> str:
     if dropped or (every and epoch % every == 0):
         return ""
     kept_by_separator = subset.keep_tokens_separator and subset.keep_tokens_separator in caption
-    # where nothing is shuffled Kohya leaves the separator in the caption; no text encoder is helped by it
+    # where nothing is shuffled Kohya leaves the separator in the caption
     if not (subset.shuffle_caption or subset.caption_tag_dropout_rate or kept_by_separator):
         return caption
     first, free, last = _parts(caption, subset)
