@@ -2,10 +2,11 @@
 
 import typer
 
+from flows.cli.exporting import export
 from flows.cli.results import calibrate, diff, reselect, trace, verify
 from flows.cli.running import run
 
-COMMANDS = (run, reselect, diff, trace, verify, calibrate)
+COMMANDS = (run, reselect, diff, trace, verify, calibrate, export)
 
 app = typer.Typer(
     name="darkroom",
