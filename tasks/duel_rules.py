@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SIDES = ("champion", "challenger")
 WORST = 0.05  # quantile of the champion's images that counts as its worst, and of its pairs as its most alike
+HARM_CONFIDENCE = 0.90  # two-sided, and one end counts: 95 % certainty that a stratum does not lose more than it may
 SMALL = "small strata"  # together
 
 
@@ -176,7 +177,7 @@ def _formed(both: pl.DataFrame, numbers: dict[str, Any], exam: Exam) -> Finding:
 
 
 def _harmless(both: pl.DataFrame, numbers: dict[str, Any], exam: Exam) -> Finding:
-    """No stratum may surely, or possibly, lose more than the margin: the low end of what it gains is above −margin."""
+    """No stratum may lose more than the margin: the low end of what it gains is above −margin."""
     import numpy as np
 
     means = by_prompt(both).with_columns(
@@ -187,7 +188,7 @@ def _harmless(both: pl.DataFrame, numbers: dict[str, Any], exam: Exam) -> Findin
     for (name,), rows in means.group_by("group", maintain_order=True):
         if name == SMALL and rows.height < exam.stratum:
             continue  # they stand in the mean over all prompts, and nothing can be said of them
-        gain, low, high = paired_bootstrap(rows["champion"].to_numpy(), rows["challenger"].to_numpy(), exam.confidence)
+        gain, low, high = paired_bootstrap(rows["champion"].to_numpy(), rows["challenger"].to_numpy(), HARM_CONFIDENCE)
         strata.append({"stratum": name, "prompts": rows.height, "gain": gain, "low": low, "high": high})
     numbers["harm_margin"], numbers["strata"] = margin, sorted(strata, key=lambda entry: entry["stratum"])
     harmed = [entry for entry in numbers["strata"] if entry["low"] < -margin]

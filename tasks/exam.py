@@ -52,7 +52,9 @@ class Exam(BaseModel, frozen=True):
         description="by how much the share of images may rise that the judge finds as bad as the worst 5 %",
     )
     harm: float = Field(
-        0.5, ge=0, description="what a stratum may surely not lose, in standard deviations of the champion's cosines"
+        0.5,
+        ge=0,
+        description="what no stratum may lose, with 95 % certainty, in standard deviations of the champion's cosines",
     )
     stratum: int = Field(
         8,
