@@ -4,8 +4,10 @@ Every rule must hold (DESIGN §7). A gain is shown where the lower end of an int
 no better, at most half of (1 − confidence) get past this one rule. The others look for what a better mean may hide: less variety, one
 picture for all seeds, broken images, a group of prompts that pays for the gain of the others.
 
-Diversity is compared over all images, and not prompt by prompt: a model that follows its prompts better draws images of one prompt
-that are more alike, which is what was wanted. What is not is the same picture from any noise, and `copies` looks for that.
+Errors are diverse, too: a model that follows its prompts better draws images of one prompt that are more alike, and fewer kinds of
+images over all (a painter who errs in 1 of 10 images instead of 4 loses a tenth of the Vendi score over all images). So diversity is
+that of the prompts' mean images, which errors blur and collapse makes alike; and that a prompt's images are not the same picture from
+any noise is a rule of its own, `copies`.
 """
 
 from dataclasses import dataclass, field
@@ -73,7 +75,11 @@ def weigh(pairs: pl.DataFrame, embeddings: dict[str, "np.ndarray"], exam: Exam) 
     ]
     if prompts >= 2:
         at = {side: embeddings[side][whole].astype(np.float64) for side in SIDES}
-        findings += [_gains(both, numbers, exam), *_diverse(at, numbers, exam), _no_copies(both, at, numbers, exam)]
+        findings += [
+            _gains(both, numbers, exam),
+            *_diverse(both, at, numbers, exam),
+            _no_copies(both, at, numbers, exam),
+        ]
         findings += [_formed(both, numbers, exam), _harmless(both, numbers, exam)]
     return Verdict(tuple(findings), numbers)
 
@@ -133,15 +139,17 @@ def _gains(both: pl.DataFrame, numbers: dict[str, Any], exam: Exam) -> Finding:
     )
 
 
-def _diverse(at: dict[str, "np.ndarray"], numbers: dict[str, Any], exam: Exam) -> list[Finding]:
+def _diverse(both: pl.DataFrame, at: dict[str, "np.ndarray"], numbers: dict[str, Any], exam: Exam) -> list[Finding]:
+    numbers["vendi_of_images"] = {side: vendi(at[side]) for side in SIDES}  # for who wants to know; see above
+    means = {side: _prompt_means(both["prompt_id"], at[side]) for side in SIDES}
     findings = []
     for rule, title, measure in (("vendi", "Vendi score", vendi), ("dispersion", "dispersion", dispersion)):
-        values = {side: measure(at[side]) for side in SIDES}
+        values = {side: measure(means[side]) for side in SIDES}
         numbers[rule] = values
         held = values["challenger"] >= (1 - exam.diversity) * values["champion"]
-        lost = 1 - values["challenger"] / values["champion"] if values["champion"] else 0.0
-        text = f"{title} over all images {_two(values, '.3f')}: {signed_share(-lost)} (up to −{exam.diversity:.0%} is allowed)"
-        findings.append(Finding(rule, held, text))
+        change = values["challenger"] / values["champion"] - 1 if values["champion"] else 0.0
+        text = f"{title} of the prompts' mean images {_two(values, '.3f')}: {change:+.1%} (up to -{exam.diversity:.0%} is allowed)"
+        findings.append(Finding(rule, held, text.replace("-", "−")))
     return findings
 
 
@@ -219,13 +227,19 @@ def _within(owners: pl.Series, vectors: "np.ndarray") -> "np.ndarray":
     return np.concatenate(found)
 
 
+def _prompt_means(owners: pl.Series, vectors: "np.ndarray") -> "np.ndarray":
+    """The mean [prompts, d] of the vectors [n, d] that have one owner."""
+    import numpy as np
+
+    number = owners.rank("dense").to_numpy() - 1
+    sums = np.zeros((number.max() + 1, vectors.shape[1]))
+    np.add.at(sums, number, vectors)
+    return sums / np.bincount(number)[:, None]
+
+
 def _share(flags: pl.Series) -> float:
     return float(flags.sum()) / max(1, len(flags))
 
 
 def _two(values: dict[str, float], form: str) -> str:
-    return f"{values['champion']:{form}} → {values['challenger']:{form}}"
-
-
-def signed_share(value: float) -> str:
-    return f"{value:+.1%}".replace("-", "−")
+    return f"{values['champion']:{form}} → {values['challenger']:{form}}".replace("-", "−")

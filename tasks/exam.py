@@ -31,10 +31,16 @@ class Exam(BaseModel, frozen=True):
         20, ge=2, le=100_000, description="held-out prompts without which nothing is decided, at least"
     )
     confidence: float = Field(
-        0.95, gt=0.5, lt=1, description="of the intervals (two-sided, by a bootstrap over prompts)"
+        0.98,
+        gt=0.5,
+        lt=1,
+        description="of the gain's two-sided interval; 0.98: of 100 challengers no better, 1 gets past it",
     )
     diversity: float = Field(
-        0.05, ge=0, lt=1, description="share of the champion's diversity (Vendi score, dispersion) that may be lost"
+        0.05,
+        ge=0,
+        lt=1,
+        description="share of the champion's diversity (Vendi score and dispersion over prompts) that may be lost",
     )
     copies: float = Field(
         0.5,

@@ -31,9 +31,9 @@ from tasks.store.shards import read_images, read_index
 if TYPE_CHECKING:
     import numpy as np
 
-EACH_WAY = 5  # prompts that gained most, and as many that lost most
+EACH_WAY = 4  # prompts that gained most, and as many that lost most
 PER_PROMPT = 4  # images of a prompt and side that are shown, at most
-THUMB, GAP, MIDDLE = 112, 6, 34  # pixels: an image, between images, between the sides
+THUMB, GAP, MIDDLE = 128, 6, 34  # pixels: an image, between images, between the sides
 BETTER, WORSE, MISSING = (24, 112, 60), (176, 42, 32), (232, 229, 222)
 
 
@@ -42,7 +42,6 @@ class Row:
     """A prompt of the sheet. Each side's images as (pixels uint8 [h, w, 3] or None, cosine or None)."""
 
     prompt: str
-    stratum: str
     change: float  # of the mean cosine
     champion: Sequence[tuple["np.ndarray | None", float | None]]
     challenger: Sequence[tuple["np.ndarray | None", float | None]]
@@ -62,12 +61,12 @@ def duel_sheet(store: Store, pairs: pl.DataFrame, verdict: Verdict) -> bytes:
             side: [(pixels[side].get(id), cosine) for id, cosine in own.select(side, f"{side}_cosine").iter_rows()]
             for side in SIDES
         }
-        return Row(entry["prompt"], entry["stratum"], entry["challenger"] - entry["champion"], **images)
+        return Row(entry["prompt"], entry["challenger"] - entry["champion"], **images)
 
-    title = "promoted" if verdict.promoted else "not promoted"
-    if gain := verdict.numbers.get("gain"):
-        title += f": mean cosine {gain['mean']:+.4f} ({gain['low']:+.4f} to {gain['high']:+.4f})"
-    return draw([row(entry) for entry in chosen.iter_rows(named=True)], title, verdict.numbers["prompts"])
+    title = "The challenger is promoted" if verdict.promoted else "The champion stays"
+    return draw(
+        [row(entry) for entry in chosen.iter_rows(named=True)], title, verdict.reasons, verdict.numbers["prompts"]
+    )
 
 
 def most_changed(pairs: pl.DataFrame) -> pl.DataFrame:
@@ -106,21 +105,24 @@ def _pixels(store: Store, shown: pl.DataFrame, side: str) -> dict[str, "np.ndarr
 # --- drawing -------------------------------------------------------------------------------------------------------------
 
 
-def draw(rows: Sequence[Row], title: str, prompts: int) -> bytes:
-    """The rows as PNG, with a title and the headings of both sides."""
+def draw(rows: Sequence[Row], title: str, reasons: Sequence[str], prompts: int) -> bytes:
+    """The rows as PNG, below a title, the reasons for it, and the headings of both sides."""
     most = max((len(row.champion) for row in rows), default=1)
     block = most * (THUMB + GAP) - GAP
     line, small, large = (ImageFont.load_default(size) for size in (SCORE_SIZE, CAPTION_SIZE, TITLE_SIZE))
-    row_height = SCORE_SIZE + 8 + THUMB + 4 + CAPTION_SIZE + 16
-    head = TITLE_SIZE + 12 + CAPTION_SIZE + 14 + SCORE_SIZE + 14
-    width = max(2 * block + MIDDLE, 560)
+    said = [
+        *reasons,
+        f"Below: the {len(rows)} of {prompts} prompts that changed most, the best gain first, and the judge's cosine of each image.",
+    ]
+    head = TITLE_SIZE + 14 + len(said) * (CAPTION_SIZE + 5) + 10 + SCORE_SIZE + 16
+    row_height = SCORE_SIZE + 8 + THUMB + 4 + CAPTION_SIZE + 18
+    width = max(2 * block + MIDDLE, round(max(small.getlength(_ascii(text)) for text in said)))
     sheet = Image.new("RGB", (2 * MARGIN + width, 2 * MARGIN + head + len(rows) * row_height), PAPER)
     canvas = ImageDraw.Draw(sheet)
-    right = MARGIN + block + MIDDLE
-    canvas.text((MARGIN, MARGIN - 2), cut(_ascii(title), large, width), INK, large)
-    said = f"The {len(rows)} of {prompts} prompts that changed most, the best gain first. Below each image: the judge's cosine."
-    canvas.text((MARGIN, MARGIN + TITLE_SIZE + 10), cut(said, small, width), GREY, small)
-    y = MARGIN + head - SCORE_SIZE - 12
+    canvas.text((MARGIN, MARGIN - 2), _ascii(title), INK, large)
+    for number, text in enumerate(said):
+        canvas.text((MARGIN, MARGIN + TITLE_SIZE + 12 + number * (CAPTION_SIZE + 5)), _ascii(text), GREY, small)
+    right, y = MARGIN + block + MIDDLE, MARGIN + head - SCORE_SIZE - 16
     for x, side in ((MARGIN, "CHAMPION"), (right, "CHALLENGER")):
         canvas.text((x, y), side, INK, line)
         canvas.line((x, y + SCORE_SIZE + 5, x + block, y + SCORE_SIZE + 5), GREY)
@@ -152,4 +154,5 @@ def _frame(
 
 
 def _ascii(text: str) -> str:
-    return " ".join(text.split()).encode("ascii", "replace").decode()
+    known = " ".join(text.split()).translate({ord("−"): "-", ord("→"): "->", ord("’"): "'", ord("–"): "-"})
+    return known.encode("ascii", "replace").decode()
