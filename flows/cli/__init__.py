@@ -2,10 +2,12 @@
 
 import typer
 
+from flows.cli.gating import champion, promote
 from flows.cli.results import calibrate, diff, reselect, trace, verify
 from flows.cli.running import run
 
-COMMANDS = (run, reselect, diff, trace, verify, calibrate)
+COMMANDS = (run, reselect, promote, diff, trace, verify, calibrate)
+GROUPS = {"champion": champion}
 
 app = typer.Typer(
     name="darkroom",
@@ -16,3 +18,5 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     app.command()(command)
+for name, group in GROUPS.items():
+    app.add_typer(group, name=name)
