@@ -125,7 +125,7 @@ def promote(
 def show(name: NameArgument, store: StoreOption = "out/store", as_json: JsonOption = False) -> None:
     """Who is champion now, since when, and on what evidence."""
     with errors():
-        from tasks.champions import ChampionError, current
+        from tasks.champions import current
         from tasks.store import Store
 
         place = Store(store)
@@ -133,7 +133,7 @@ def show(name: NameArgument, store: StoreOption = "out/store", as_json: JsonOpti
         if as_json:
             typer.echo(json.dumps(asdict(now) if now else None, indent=2, ensure_ascii=False))
         elif now is None:
-            raise ChampionError(_nobody(place, name))
+            typer.echo(_nobody(place, name))
         else:
             print_champion(place, now)
 
@@ -142,7 +142,6 @@ def show(name: NameArgument, store: StoreOption = "out/store", as_json: JsonOpti
 def history(name: NameArgument, store: StoreOption = "out/store", as_json: JsonOption = False) -> None:
     """All champions of a name, the latest first."""
     with errors():
-        from tasks.champions import ChampionError
         from tasks.champions import history as all_of
         from tasks.store import Store
 
@@ -151,7 +150,7 @@ def history(name: NameArgument, store: StoreOption = "out/store", as_json: JsonO
         if as_json:
             typer.echo(json.dumps([asdict(one) for one in champions], indent=2, ensure_ascii=False))
         elif not champions:
-            raise ChampionError(_nobody(place, name))
+            typer.echo(_nobody(place, name))
         else:
             print_champions(place, champions)
 
