@@ -15,11 +15,23 @@ from flows.parameters import Budget, Exam, Generation, Scoring, Workers
 from flows.pools import open_pool
 from tasks.champions import ChampionChanged
 from tasks.develop import Job
-from tasks.duel import Duel, find_decision, load_decision
+from tasks.duel import Duel, DuelError, find_decision, load_decision
 from tasks.engines import Adapter, Recipe
 from tasks.judging import Judging
+from tasks.lift import check_judge
 from tasks.references import ManifestRef
 from tasks.store import Store
+
+
+def check_gate(scoring: Scoring) -> None:
+    """Raises DuelError where there is no judge for a duel, LiftError where it is the filter itself."""
+    from tasks.scorers.openclip import fingerprint
+
+    if not scoring.judge:
+        raise DuelError(
+            "a duel needs a judge, an OpenCLIP model of another family than the filter's, and none is named: give one (--judge)"
+        )
+    check_judge(fingerprint(scoring.scorer), fingerprint(scoring.judge))
 
 
 def decide(
@@ -41,6 +53,7 @@ def decide(
     from tasks.scorers.openclip import fingerprint
 
     started = time.monotonic()
+    check_gate(scoring)
     champion, defended, attacking = gate_steps.resolve(store, name, challenger, recipe)
     if champion and defended.recipe_id == attacking.recipe_id:
         before = load_decision(Store(store), champion.evidence) if champion.evidence else None

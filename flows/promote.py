@@ -8,12 +8,10 @@ from typing import Any, Literal
 from prefect import flow
 
 from flows import attempts, gate_steps, steps
-from flows.decide import decide
+from flows.decide import check_gate, decide
 from flows.nightly import for_cluster
 from flows.parameters import Exam, Generation, Scoring, Workers
 from flows.pools import check_workers
-from tasks.duel import DuelError
-from tasks.lift import check_judge
 from tasks.release import check_name
 
 
@@ -52,16 +50,13 @@ def promote(
     """
     from tasks.adapters import resolve
     from tasks.engines.models import default_recipe
-    from tasks.scorers.openclip import fingerprint
     from tasks.store import Store
 
     check_name(name)
     check_workers(workers, store)
-    if not scoring.judge:
-        raise DuelError("a duel needs a judge of another family than the filter: name one (--judge)")
     if workers.runner == "ray":
         store, generation, scoring = for_cluster(store, generation, scoring, workers)
-    check_judge(fingerprint(scoring.scorer), fingerprint(scoring.judge))
+    check_gate(scoring)
     adapter = resolve(challenger, Store(store))
     recipe = default_recipe(generation.model, **generation.chosen())
     whole = steps.ingest(store, manifest, generation.model, scoring.judge, on_bad_rows)

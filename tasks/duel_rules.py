@@ -201,7 +201,8 @@ def _harmless(both: pl.DataFrame, numbers: dict[str, Any], exam: Exam) -> Findin
     numbers["harm_margin"], numbers["strata"] = margin, sorted(strata, key=lambda entry: entry["stratum"])
     harmed = [entry for entry in numbers["strata"] if entry["low"] < -margin]
     told = ", ".join(
-        f"{e['stratum']} {signed(e['gain'])} ({signed(e['low'])} to {signed(e['high'])})" for e in harmed or numbers["strata"]
+        f"{e['stratum']} {signed(e['gain'])} ({signed(e['low'])} to {signed(e['high'])})"
+        for e in harmed or numbers["strata"]
     )
     if harmed:
         text = f"strata may lose more than {margin:.4f}: {told}"
