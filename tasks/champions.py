@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from tasks.adapters import load_card
 from tasks.engines import Adapter, Recipe
 from tasks.errors import DarkroomError
 from tasks.identity import digest
@@ -233,7 +234,7 @@ def check_adapter(store: Store, adapter: str | None, base_digest: str) -> None:
 
 def _card(store: Store, adapter: str) -> dict[str, Any]:
     try:
-        return store.read_json(layout.adapter_card(adapter))
+        return load_card(store, adapter)
     except Missing:
         raise ChampionError(
             f"{store!r} has no adapter {adapter}: a champion is an adapter of the store, by its whole digest"

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from tasks import tables
+from tasks.adapters import load_card
 from tasks.champions import Champion, history, names
 from tasks.duel_rules import by_prompt
 from tasks.identity import digest, sha256
@@ -47,7 +48,7 @@ def _check_champion(store: Store, champion: Champion, earlier: list[Champion], r
     if champion.adapter:
         card = layout.adapter_card(champion.adapter)
         with report.about(card, RESTORE):
-            belongs = store.read_json(card)["base_digest"]
+            belongs = load_card(store, champion.adapter)["base_digest"]
             if belongs != champion.base_digest:
                 report.say(key, f"is of model {champion.base_digest}, its adapter of {belongs}", RESTORE)
     if champion.evidence and not store.exists(champion.evidence):

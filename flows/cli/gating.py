@@ -167,7 +167,7 @@ def set_champion(
 ) -> None:
     """Make an adapter champion, or the base model, without a comparison."""
     with errors():
-        from tasks.adapters import resolve
+        from tasks.adapters import load_card, resolve
         from tasks.champions import ChampionError, crown, current
         from tasks.store import Store, layout
 
@@ -183,7 +183,7 @@ def set_champion(
             raise ChampionError(
                 f"adapter '{adapter}' is not in {place!r}, and only what the store keeps can be champion"
             )
-        base = place.read_json(layout.adapter_card(worn.digest))["base_digest"]
+        base = load_card(place, worn.digest)["base_digest"]
         _tell(place, crown(place, name, worn.digest, weight=worn.weight, base_digest=base, why=why), as_json)
 
 
