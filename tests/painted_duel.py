@@ -68,7 +68,7 @@ class Painter:
     model, digest, batch_size = RECIPE.model, RECIPE.model_digest, BATCH
     device, load_seconds = "cpu", 0.0
 
-    def prepare(self, prompts: Sequence[tuple[str, str]]) -> None:
+    def prepare(self, prompts: Sequence[tuple[str, str]], adapters: Sequence[Adapter] = ()) -> None:
         pass
 
     def generate(self, orders: Sequence[Order], recipe: Recipe) -> Images:

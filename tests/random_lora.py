@@ -28,7 +28,7 @@ def random_lora(strength: float, seed: int) -> tuple[Lora, Facts]:
             continue
         rows, columns = module.weight.shape
         down, up = torch.randn(RANK, columns, generator=draw), torch.randn(rows, RANK, generator=draw)
-        up *= strength * float(module.weight.norm() / (ALPHA / RANK * (up @ down).norm()))
+        up *= strength * float(module.weight.detach().norm() / (ALPHA / RANK * (up @ down).norm()))
         tensors |= {f"unet.{path}.lora_A.weight": down, f"unet.{path}.lora_B.weight": up}
         alphas[f"unet.{path}"] = ALPHA
     return Lora(tensors, alphas), facts(seed)
