@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flows import steps
-from flows.pools import DeviceLost, Pool, WorkerDied
+from flows.parameters import Workers
+from flows.pools import DeviceLost, Pool, WorkerDied, open_pool
 from flows.progress import Progress
 from tasks.accounting import spent_so_far
 from tasks.budget import Budget, cut, finished_shards
@@ -96,6 +97,21 @@ def mend_all(store: str, shards: Sequence[ShardRef], job: Job, pool: Pool) -> No
             waiting.append(done.ticket)
         elif isinstance(done.result, BaseException):
             raise done.result
+
+
+def whole(mend: Callable[[], None], step: Callable[[], Any]) -> Any:
+    """What `step` comes to; where it meets something damaged or lost, it is done again after mending."""
+    try:
+        return step()
+    except (CorruptObject, Missing):
+        mend()
+        return step()
+
+
+def mend_whole(store: str, plan: PlanRef, job: Job, workers: Workers) -> None:
+    """Have workers read all images of a plan, and make again those that are damaged or lost."""
+    with open_pool(workers) as pool:
+        mend_all(store, plan.shards, job, pool)
 
 
 @dataclass

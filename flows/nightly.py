@@ -15,7 +15,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows import attempts, steps
-from flows.fanout import fan_out, mend_all
+from flows.fanout import fan_out, mend_whole, whole
 from flows.parameters import Budget, Generation, Policy, Scoring, Workers
 from flows.pools import check_workers, open_pool
 from tasks.accounting import in_words as cost_in_words
@@ -24,7 +24,7 @@ from tasks.lift import LiftError, check_judge, in_words, judge_sample, require_l
 from tasks.lineage import Events
 from tasks.references import PlanRef, ShardMade
 from tasks.release import ReleaseError, check_name
-from tasks.store import CorruptObject, Missing, Store, layout
+from tasks.store import Store, layout
 
 
 @flow(
@@ -180,21 +180,6 @@ def in_rounds(
         plan = plan.and_then(further)
 
 
-def whole(mend: Callable[[], None], step: Callable[[], Any]) -> Any:
-    """What `step` comes to; where it meets something damaged or lost, it is done again after mending."""
-    try:
-        return step()
-    except (CorruptObject, Missing):
-        mend()
-        return step()
-
-
-def mend_whole(store: str, plan: PlanRef, job: Job, workers: Workers) -> None:
-    """Have workers read all images of a plan, and make again those that are damaged or lost."""
-    with open_pool(workers) as pool:
-        mend_all(store, plan.shards, job, pool)
-
-
 def for_cluster(
     store: str, generation: Generation, scoring: Scoring, workers: Workers
 ) -> tuple[str, Generation, Scoring]:
@@ -204,13 +189,13 @@ def for_cluster(
     """
 
     def folder(model: str) -> str:
-        return str(Path(model).absolute()) if Path(model).is_dir() else model
+        return str(Path(model).absolute()) if model and Path(model).is_dir() else model
 
     dtype = generation.dtype if generation.dtype != "auto" else "bfloat16" if workers.gpus else "float32"
     return (
         store if "://" in store else str(Path(store).absolute()),
         generation.model_copy(update={"model": folder(generation.model), "dtype": dtype}),
-        scoring.model_copy(update={"scorer": folder(scoring.scorer)}),
+        scoring.model_copy(update={"scorer": folder(scoring.scorer), "judge": folder(scoring.judge)}),
     )
 
 

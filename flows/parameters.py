@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from tasks.budget import Budget
+from tasks.exam import Exam
 from tasks.scorers.forms import Form
 from tasks.select import Policy
 
@@ -146,4 +147,4 @@ class Scoring(BaseModel, frozen=True):
         return self
 
 
-__all__ = ["Budget", "Generation", "Learning", "Policy", "Sampler", "Scoring", "Workers"]
+__all__ = ["Budget", "Exam", "Generation", "Learning", "Policy", "Sampler", "Scoring", "Workers"]

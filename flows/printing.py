@@ -79,3 +79,61 @@ def print_calibration(measured: Any) -> None:
     rows.add("bank", f"{measured.bank.height:,} distractors at logit scale {measured.logit_scale:.1f}")
     rows.add("synonyms", f"prompts with a cosine of {measured.synonym:.4f} or more")
     rows.print(f"[bold]Darkroom[/] calibration {measured.number} of scorer {measured.scorer}")
+
+
+def print_duel(summary: dict[str, Any]) -> None:
+    from rich.markup import escape
+
+    rows = Rows()
+    crowned: Any = summary.get("crowned")
+    if summary["already"]:
+        rows.add(
+            "champion", f"[bold]it is champion {crowned.version} of {summary['name']} already[/], since {crowned.since}"
+        )
+    elif crowned:
+        rows.add(
+            "champion", f"[bold]promoted[/]: champion {crowned.version} of {summary['name']} since {crowned.since}"
+        )
+    else:
+        rows.add(
+            "champion", f"[bold]not promoted[/]: {_defender(summary['beaten'])} stays champion of {summary['name']}"
+        )
+    for number, finding in enumerate(summary.get("findings", ())):
+        rows.add("found" if not number else "", f"{'✓' if finding['held'] else '✗'} {escape(finding['text'])}")
+    if "made" in summary:
+        rows.add("images", f"{summary['made']} made now, of {summary['prompts']} held-out prompts")
+    if "decision" in summary:
+        rows.add("decision", escape(summary["decision"]))
+        rows.add("sheet", escape(summary["sheet"]))
+    rows.print(f"[bold]Darkroom[/] challenger {summary['challenger'][:12]} in {summary['seconds']:.0f} s")
+
+
+def _defender(champion: Any) -> str:
+    return champion.in_words if champion else "the base model"
+
+
+def print_champion(store: Any, champion: Any) -> None:
+    from rich.markup import escape
+
+    rows = Rows()
+    rows.add("makes images", f"[bold]{champion.in_words}[/]")
+    if champion.adapter:
+        rows.add("adapter", champion.adapter)
+    rows.add("of model", champion.base_digest)
+    rows.add("since", champion.since)
+    rows.add("why", escape(champion.why))
+    if champion.restores is not None:
+        rows.add("restores", f"champion {champion.restores}" if champion.restores else "the base model")
+    rows.add("evidence", escape(store.uri(champion.evidence)) if champion.evidence else "none: set by a person")
+    rows.print(f"[bold]Darkroom[/] champion {champion.version} of {champion.name}")
+
+
+def print_champions(store: Any, champions: list[Any]) -> None:
+    from rich.markup import escape
+
+    rows = Rows()
+    for champion in reversed(champions):
+        rows.add(f"{champion.version}", f"{champion.since}  [bold]{champion.in_words}[/]  {escape(champion.why)}")
+        if champion.evidence:
+            rows.add("", escape(store.uri(champion.evidence)))
+    rows.print(f"[bold]Darkroom[/] champions of {champions[-1].name}, the latest first")

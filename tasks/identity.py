@@ -48,6 +48,11 @@ def seed(candidate_id: pl.Expr) -> pl.Expr:
     return candidate_id.str.slice(0, SEED_DIGITS).str.to_integer(base=16, dtype=pl.Int64)
 
 
+def shared_seed(prompt_id: pl.Expr, index: pl.Expr) -> pl.Expr:
+    """A seed, Int64 in [0, 2⁵²), that every recipe draws alike: blake3(prompt_id:index). In a duel both start from one noise."""
+    return seed(blake3(pl.concat_str([prompt_id, index.cast(pl.String)], separator=":")))
+
+
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

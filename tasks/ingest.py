@@ -35,7 +35,7 @@ from tasks.references import ManifestRef
 from tasks.store import Store, layout
 from tasks.store.objects import parquet_bytes, public
 
-__all__ = ["BadRows", "ManifestError", "content_digest", "ingest"]
+__all__ = ["BadRows", "ManifestError", "commit", "content_digest", "ingest"]
 
 DEFAULT_STRATUM = "default"
 SETTINGS = ("stratum", "sampler", *NUMBERS)  # what two rows with the same prompt must agree on
@@ -71,7 +71,7 @@ def ingest(
     kept, extra, bad, facts = _validated(manifest, limits, on_bad_rows)
     prompts = _prompts(kept, extra)
     del kept, extra  # a manifest may be large, and this was the copy
-    return ManifestRef(_commit(store, prompts, tables.BAD_ROWS.conform(bad.drop("kind"))), **facts)
+    return ManifestRef(commit(store, prompts, tables.BAD_ROWS.conform(bad.drop("kind"))), **facts)
 
 
 def _validated(
@@ -285,7 +285,7 @@ def _prompts(kept: pl.DataFrame, extra: pa.Table) -> pa.Table:
     return tables.PROMPTS.conform(table)
 
 
-def _commit(store: Store, prompts: pa.Table, bad: pa.Table) -> str:
+def commit(store: Store, prompts: pa.Table, bad: pa.Table) -> str:
     """Put the snapshot, and the bad rows before it, at the sha256 of their content; returns it."""
     sha256 = content_digest(prompts, bad)
     if bad.num_rows:

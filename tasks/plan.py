@@ -51,6 +51,7 @@ def plan(
     round: int = 0,
     edition: str = "",
     more: pl.DataFrame | None = None,
+    shared_seeds: bool = False,
     check: Callable[[Recipe], None] = lambda recipe: None,
 ) -> PlanRef:
     """Plan a round of a run; if it is planned already, return that plan.
@@ -59,6 +60,9 @@ def plan(
     A prompt's candidates count from 0, and in each further edition from a place of its own (`first_index`), so that all are
     new; what exists, made by whatever run, is reused. A top-up round has only the prompts of `more` (prompt_id, made: candidates
     of earlier rounds, n: further ones), which go on counting.
+
+    With `shared_seeds`, two recipes get the same seed for the same prompt and index, as a duel needs; in an edition of its own,
+    since a candidate's id does not say which seed it had.
 
     `check` is called with each recipe before anything is made of it, and raises where no engine could follow it.
 
@@ -70,7 +74,13 @@ def plan(
         "recipe": defaults.recipe_id,
         "candidates": n_candidates,
         "edition": edition,
+        **({"shared_seeds": True} if shared_seeds else {}),
     }
+    if shared_seeds and not edition:
+        raise PlanConflict(
+            f"run '{run}' is to share its seeds with another recipe's, and names no edition: its candidates would have the ids "
+            "of ordinary ones, which have other seeds; give the edition of the duel"
+        )
     if not store.exists(commit):
         size = -(-shard_size // batch_size) * batch_size
         first = first_index(store, edition)
@@ -83,7 +93,7 @@ def plan(
                 found = _find_made(store, recipe.recipe_id, prompts)
                 parts = _canary_first(prompts, size) if more is None else [prompts]
                 for block in chain(_reused(prompts, found), *(_new(part, found, size) for part in parts)):
-                    yield from _orders(run, round, numbers, recipe.recipe_id, batch_size, block)
+                    yield from _orders(run, round, numbers, recipe.recipe_id, batch_size, block, shared_seeds)
 
         shards = _write(store, orders())
         planned = {**asdict(PlanRef(run, round, tuple(shards))), "asked": asked}
@@ -291,7 +301,13 @@ def _reused(prompts: pl.DataFrame, found: pl.DataFrame) -> Iterator[pl.DataFrame
 
 
 def _orders(
-    run: str, round: int, numbers: Iterator[int], recipe_id: str, batch_size: int, block: pl.DataFrame
+    run: str,
+    round: int,
+    numbers: Iterator[int],
+    recipe_id: str,
+    batch_size: int,
+    block: pl.DataFrame,
+    shared_seeds: bool = False,
 ) -> Iterator[tuple[ShardRef, pa.Table]]:
     """A block's shards, each with its orders; the files are numbered by `numbers`.
 
@@ -300,10 +316,13 @@ def _orders(
     A file is named by its content as well as its number: while a round is planned twice at once, and the store changes in
     between, each plan still finds the orders it was committed with.
     """
+    seed = identity.seed(pl.col("candidate_id"))
+    if shared_seeds:
+        seed = identity.shared_seed(pl.col("prompt_id"), pl.col("index"))
     named = (
         block.with_columns(recipe_id=pl.lit(recipe_id))
         .with_columns(candidate_id=identity.candidate_id(pl.col("prompt_id"), pl.col("recipe_id"), pl.col("index")))
-        .with_columns(seed=identity.seed(pl.col("candidate_id")))
+        .with_columns(seed=seed)
     )
     cuts = (
         named.group_by("cut", maintain_order=True)

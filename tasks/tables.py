@@ -97,7 +97,11 @@ _IDENTITY = (
     Column("prompt_id", pa.string(), "blake3(prompt ␟ negative prompt ␟ conditioning), 32 hexadecimal digits"),
     Column("recipe_id", pa.string(), "blake3 of the recipe, 32 hexadecimal digits"),
     Column("index", pa.int32(), "number of the candidate among those of its prompt and recipe, from 0, across rounds"),
-    Column("seed", pa.int64(), "seed of the candidate's own CPU generator: the first 52 bits of its id"),
+    Column(
+        "seed",
+        pa.int64(),
+        "seed of its own CPU generator: the first 52 bits of its id; in a duel, of blake3(prompt_id:index)",
+    ),
 )
 
 _PROMPT = (
@@ -290,6 +294,38 @@ ACCOUNTING = Table(
         Column("wait", pa.float64(), "what is left of `seconds`: the device was held, and idle"),
         Column("images", pa.int64(), "images made"),
         Column("loads", pa.int64(), "models loaded"),
+    ),
+)
+
+DUEL = Table(
+    "duel",
+    1,
+    _columns(
+        Column("prompt_id", pa.string(), "blake3(prompt ␟ negative prompt ␟ conditioning), 32 hexadecimal digits"),
+        _PROMPT,
+        Column("stratum", pa.string(), "the group its prompt belongs to"),
+        Column(
+            "index", pa.int32(), "number of the pair's candidates among those of their prompt, in the duel's edition"
+        ),
+        Column("seed", pa.int64(), "the seed that both were made from"),
+        (
+            column
+            for side in ("champion", "challenger")
+            for column in (
+                Column(side, pa.string(), f"the {side}'s candidate"),
+                Column(f"{side}_part", pa.string(), "key of the part file that holds it"),
+                Column(f"{side}_pixel_hash", pa.string(), "sha256 over size and RGB bytes; null: not made", True),
+                Column(
+                    f"{side}_flaw",
+                    pa.string(),
+                    "why it is unusable (nonfinite, black, … or the error); null: it is not",
+                    True,
+                ),
+                Column(
+                    f"{side}_cosine", pa.float32(), "the judge's raw cosine of image and prompt; null: no image", True
+                ),
+            )
+        ),
     ),
 )
 

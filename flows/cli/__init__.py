@@ -3,10 +3,12 @@
 import typer
 
 from flows.cli.exporting import export
+from flows.cli.gating import champion, promote
 from flows.cli.results import calibrate, diff, reselect, trace, verify
 from flows.cli.running import run
 
-COMMANDS = (run, reselect, diff, trace, verify, calibrate, export)
+COMMANDS = (run, reselect, promote, diff, trace, verify, calibrate, export)
+GROUPS = {"champion": champion}
 
 app = typer.Typer(
     name="darkroom",
@@ -17,3 +19,5 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     app.command()(command)
+for name, group in GROUPS.items():
+    app.add_typer(group, name=name)

@@ -51,7 +51,7 @@ def _draw(images: Sequence[tuple["np.ndarray", str]], columns: int, thumb: int, 
     for number, ((pixels, _), (first, rest)) in enumerate(zip(images, captions, strict=True)):
         x = MARGIN + number % columns * (thumb + GAP)
         y = MARGIN + head + number // columns * (row_height + GAP)
-        frame = _fit(Image.fromarray(pixels), thumb)
+        frame = fit(Image.fromarray(pixels), thumb)
         sheet.paste(frame, (x + (thumb - frame.width) // 2, y + (thumb - frame.height) // 2))
         y += thumb + 6
         draw.text((x, y), first, INK, score_font)
@@ -60,7 +60,7 @@ def _draw(images: Sequence[tuple["np.ndarray", str]], columns: int, thumb: int, 
     return sheet
 
 
-def _fit(image: Image.Image, edge: int) -> Image.Image:
+def fit(image: Image.Image, edge: int) -> Image.Image:
     """The image within edge × edge pixels: enlarged by a whole factor, or reduced smoothly."""
     factor = edge / max(image.size)
     if factor >= 1:
@@ -78,14 +78,14 @@ def _wrap(caption: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
         count = 1
         while count < len(words) and font.getlength(" ".join(words[: count + 1])) <= width:
             count += 1
-        lines.append(_cut(" ".join(words[:count]), font, width))
+        lines.append(cut(" ".join(words[:count]), font, width))
         words = words[count:]
     if words:
-        lines[-1] = _cut(f"{lines[-1]} {words[0]}", font, width, always=True)
-    return _cut(first, font, width), lines
+        lines[-1] = cut(f"{lines[-1]} {words[0]}", font, width, always=True)
+    return cut(first, font, width), lines
 
 
-def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, always: bool = False) -> str:
+def cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, always: bool = False) -> str:
     """The beginning of `text` that fits, with an ellipsis where something was left out (or `always`)."""
     if not always and font.getlength(text[:width]) <= width and len(text) <= width:
         return text

@@ -77,14 +77,14 @@ def summary_markdown(
     total = sum(selection.counts.values())
     released = f"version {release.version}, {release.rows:,} rows" if release else "not released"
     parts = [
-        f"# {_plain(name)}\n\n**{figures.headline(selection)}.** Rejection rate "
+        f"# {plain(name)}\n\n**{figures.headline(selection)}.** Rejection rate "
         f"{figures.percent(selection.rejection_rate)}, asked for {figures.asked(policy)}. Dataset: {released}. Run `{selection.run}`.",
-        f"**The budget ended this run early:** {_plain(ended.in_words, 400)}." if ended else "",
+        f"**The budget ended this run early:** {plain(ended.in_words, 400)}." if ended else "",
         f"Report: `{report}`" if report else "",
         "| verdict | candidates | share | reasons |\n|---|---:|---:|---|\n"
         + "\n".join(_verdict(verdict, selection, total) for verdict in VERDICTS),
         _lift(lift) if lift else "",
-        f"What it cost: {_plain(in_words(costs), 400)}." if costs else "",
+        f"What it cost: {plain(in_words(costs), 400)}." if costs else "",
         _section("Accepted", accepted, selection.counts.get("accepted", 0)),
         _section("Rejected", rejected, selection.counts.get("rejected", 0)),
     ]
@@ -108,13 +108,13 @@ def _sheet(store: Store, plan: PlanRef, ledger: pl.DataFrame, verdict: str) -> S
 def _verdict(verdict: str, selection: Selection, total: int) -> str:
     count = selection.counts.get(verdict, 0)
     why = figures.reasons(selection, verdict)
-    words = ", ".join(f"{number:,} {_plain(reason, 60)}" for reason, number in why[:4])
+    words = ", ".join(f"{number:,} {plain(reason, 60)}" for reason, number in why[:4])
     words += f", {len(why) - 4} other reasons" if len(why) > 4 else ""
     return f"| {verdict} | {count:,} | {figures.percent(count / total) if total else '—'} | {words} |"
 
 
 def _lift(lift: Lift) -> str:
-    told = f"Does the filter help? {_plain(lift_in_words(lift), 400)}."
+    told = f"Does the filter help? {plain(lift_in_words(lift), 400)}."
     return f"**{told}**" if lift.warning else told
 
 
@@ -129,10 +129,10 @@ def _section(title: str, sheet: Sheet, count: int) -> str:
 
 def _row(number: int, score: float | None, prompt: str, reason: str) -> str:
     why = figures.REASONS.get(reason, reason)
-    return f"| {number} | {figures.cosine(score)} | {_plain(prompt)} | {_plain(why, 60)} |"
+    return f"| {number} | {figures.cosine(score)} | {plain(prompt)} | {plain(why, 60)} |"
 
 
-def _plain(text: str, length: int = MAX_TEXT) -> str:
+def plain(text: str, length: int = MAX_TEXT) -> str:
     """Anyone's text as one line in which markdown and HTML mean nothing."""
     line = " ".join(text.split())
     line = line if len(line) <= length else line[:length] + "…"

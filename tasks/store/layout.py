@@ -2,7 +2,7 @@
 
 # the roots
 RUNS, MANIFESTS, CANDIDATES, SCORES, DATASETS = "runs", "manifests", "candidates", "scores", "datasets"
-ADAPTERS, CHAMPIONS = "adapters", "champions"
+ADAPTERS, CHAMPIONS, PROMOTIONS = "adapters", "champions", "promotions"
 
 
 def manifest(sha256: str) -> str:
@@ -203,9 +203,27 @@ def champion(name: str) -> str:
     return f"champions/{name}"
 
 
+def champion_begun(name: str, edition: str) -> str:
+    """Which champion stood when an edition was begun; `edition`: its digest."""
+    return f"champions/{name}/begun/{edition}.json"
+
+
 def promotion(digest: str) -> str:
     """The folder of the evidence of a duel: decision.json, pairs.parquet, sheet.png."""
     return f"promotions/{digest}"
+
+
+def decision(digest: str) -> str:
+    """The commit of a duel: the verdict, its numbers and reasons, what was compared."""
+    return f"promotions/{digest}/decision.json"
+
+
+def duel_pairs(digest: str) -> str:
+    return f"promotions/{digest}/pairs.parquet"
+
+
+def duel_sheet(digest: str) -> str:
+    return f"promotions/{digest}/sheet.png"
 
 
 def evaluation(digest: str) -> str:

@@ -1,0 +1,224 @@
+"""Adapter files of all kinds → `Lora` or `Embeddings`: our own forms, and those of diffusers, PEFT and Kohya's tools."""
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.adapters.errors import AdapterNotFound, NotAnAdapter, some
+from tasks.adapters.names import modules_named, pieces
+from tasks.adapters.tensors import DOWN, UP, Embeddings, Lora, Weights
+
+if TYPE_CHECKING:
+    import torch
+
+# what the file in a folder is called: ours, diffusers', PEFT's
+FILES = (
+    "adapter.safetensors",
+    "learned_embeds.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.safetensors",
+)
+METADATA = "lora_adapter_metadata"  # diffusers' key in the header, for PEFT's configuration as JSON
+TOKEN = "darkroom.token"
+PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+ENCODERS = ("clip_l", "clip_g")  # what files of textual inversions call the vectors of each text encoder
+
+_KEY = re.compile(
+    r"(?P<name>.+?)(?:"
+    r"\.(?:lora_down|lora_A|lora_A\.default|lora\.down|lora_linear_layer\.down)\.weight(?P<down>)"
+    r"|\.(?:lora_up|lora_B|lora_B\.default|lora\.up|lora_linear_layer\.up)\.weight(?P<up>)"
+    r"|_lora\.(?:down\.weight(?P<processor_down>)|up\.weight(?P<processor_up>))"
+    r"|\.alpha(?P<alpha>))"
+)
+_OTHER_METHODS = {
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "hada_w": "LoHa",
+    "lokr_w": "LoKr",
+    "lora_mid": "LoCon in Tucker's form",
+    "oft_": "OFT",
+    "ia3_": "IA3",
+    ".diff": "a difference of full weights",
+    "lora_B.bias": "LoRA with biases",
+}
+
+
+def read_adapter(path: str | Path, allow_pickle: bool = False) -> Weights:
+    """The adapter in a file, or in a folder that holds one.
+
+    A module's alpha comes from the file (Kohya's tensor, else diffusers' header or PEFT's adapter_config.json), else it is the
+    rank, as all these tools take it. `allow_pickle` also takes pickled weights, and from them nothing but tensors.
+
+    Raises AdapterNotFound, NotAnAdapter.
+    """
+    file = adapter_file(Path(path))
+    tensors, header = _load(file, allow_pickle)
+    try:
+        if not any(_KEY.fullmatch(name) for name in tensors):
+            return _embeddings(tensors, header, file)
+        return _lora(tensors, _configuration(header, file))
+    except NotAnAdapter as error:
+        raise NotAnAdapter(f"adapter {file}: {error}") from error
+
+
+def adapter_file(path: Path) -> Path:
+    """The file that holds an adapter's weights. Raises AdapterNotFound."""
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise AdapterNotFound(f"there is no file or folder {path.absolute()}; check the adapter's path")
+    for name in FILES:
+        if (path / name).is_file():
+            return path / name
+    there = sorted(path.glob("*.safetensors"))
+    if len(there) == 1:
+        return there[0]
+    raise AdapterNotFound(
+        f"folder {path.absolute()} holds {len(there) or 'no'} .safetensors files, and none with a known name "
+        f"({', '.join(FILES)}); give the file itself"
+    )
+
+
+def _load(file: Path, allow_pickle: bool) -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
+    """A file's tensors, and its header's text. Raises NotAnAdapter."""
+    with file.open("rb") as opened:
+        begins = opened.read(2)
+    if begins in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04") or file.suffix in PICKLED:
+        if not allow_pickle:
+            raise NotAnAdapter(
+                f"adapter {file} is pickled: loading such a file can run any program that its maker put into it. Get it as "
+                ".safetensors, or, if you trust its source, allow it with allow_pickle=True and save it again"
+            )
+        return _unpickled(file), {}
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise NotAnAdapter(
+            f"adapter {file} ({file.stat().st_size} bytes) is no whole safetensors file: {error}. Its copy was cut off, or it is "
+            "another kind of file: copy it again"
+        ) from error
+
+
+def _unpickled(file: Path) -> Any:
+    """The tensors of a pickled file: a flat dictionary, or one of A1111's textual inversions."""
+    import torch
+
+    try:
+        with file.open("rb") as opened:  # given a path, torch goes by its suffix
+            held = torch.load(opened, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch each raise their own
+        raise NotAnAdapter(
+            f"adapter {file} does not unpickle to tensors: {(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from error
+    if isinstance(held, dict) and "string_to_param" in held:
+        held = {"emb_params": next(iter(held["string_to_param"].values()))}
+    held = held.get("state_dict", held) if isinstance(held, dict) else {}
+    return {name: tensor for name, tensor in held.items() if isinstance(tensor, torch.Tensor)}
+
+
+# --- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+def _lora(tensors: "dict[str, torch.Tensor]", configuration: dict[str, Any]) -> Lora:
+    downs: dict[str, torch.Tensor] = {}
+    ups: dict[str, torch.Tensor] = {}
+    alphas: dict[str, float] = {}
+    strange: list[str] = []
+    for key, tensor in tensors.items():
+        found = _KEY.fullmatch(key)
+        parts = modules_named(_name(found)) if found else None
+        if not found or not parts:
+            strange.append(key)
+        elif found["alpha"] is not None:
+            alphas |= {module: float(tensor) for module, _ in parts}
+        elif found["down"] is not None or found["processor_down"] is not None:
+            downs |= {module: tensor for module, _ in parts}
+        else:
+            ups |= {module: tensor[rows] for module, rows in pieces(parts, len(tensor))}
+    if strange:
+        raise NotAnAdapter(_strange(strange, len(tensors)))
+    whole = downs.keys() & ups.keys()
+    return Lora(
+        {
+            **{module + DOWN: tensor for module, tensor in downs.items()},
+            **{module + UP: tensor for module, tensor in ups.items()},
+        },
+        {module: alphas.get(module, _alpha(configuration, module, downs[module].shape[0])) for module in whole},
+    )
+
+
+def _name(found: re.Match[str]) -> str:
+    """What stands for the module in a key; early diffusers kept LoRAs in attention processors."""
+    name = found["name"]
+    if found["processor_down"] is None and found["processor_up"] is None:
+        return name
+    name = name.replace(".processor.", ".")
+    return f"{name}.0" if name.endswith("to_out") else name
+
+
+def _strange(keys: list[str], all: int) -> str:
+    what = f"{len(keys)} of its {all} tensors are not a LoRA's ({some(sorted(keys))})"
+    for mark, method in _OTHER_METHODS.items():
+        if any(mark in key for key in keys):
+            return f"{what}: this is {method}, which Darkroom cannot wear; train or convert it as a plain LoRA"
+    return f"{what}; expected names as diffusers, PEFT or Kohya's tools write them"
+
+
+def _configuration(header: dict[str, str], file: Path) -> dict[str, Any]:
+    """PEFT's configuration of the adapter, where there is one: in the header, or in a file beside."""
+    beside = file.with_name("adapter_config.json")
+    try:
+        if METADATA in header:
+            return dict(json.loads(header[METADATA]))
+        if beside.is_file() and file.name == "adapter_model.safetensors":
+            return dict(json.loads(beside.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise NotAnAdapter(f"its configuration is not readable JSON: {error}; save it again") from error
+    return {}
+
+
+def _alpha(configuration: dict[str, Any], module: str, rank: int) -> float:
+    """A module's alpha by PEFT's rules: the first fitting pattern, else the general one, else the rank."""
+    component, _, path = module.partition(".")
+    own = {
+        key.removeprefix(f"{component}."): value
+        for key, value in configuration.items()
+        if key.startswith(component + ".")
+    }
+    own = own or configuration
+    if own.get("use_dora"):
+        raise NotAnAdapter("this is DoRA, which Darkroom cannot wear; train it as a plain LoRA")
+    alpha = float(own.get("lora_alpha") or rank)
+    for pattern, value in (own.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern.replace('text_model.', '')})$", path):
+            alpha = float(value)
+            break
+    return alpha * math.sqrt(rank) if own.get("use_rslora") else alpha
+
+
+# --- textual inversion -----------------------------------------------------------------------------------------------
+
+
+def _embeddings(tensors: "dict[str, torch.Tensor]", header: dict[str, str], file: Path) -> Embeddings:
+    token = header.get(TOKEN) or file.stem
+    if "emb_params" in tensors:
+        return Embeddings({token: [tensors["emb_params"]]})
+    if tensors and tensors.keys() <= set(ENCODERS):
+        return Embeddings({token: [tensors[name] for name in _in_order(tensors)]})
+    if not tensors or any("." in name or tensor.dim() > 2 for name, tensor in tensors.items()):
+        raise NotAnAdapter(_strange(sorted(tensors), len(tensors)))
+    return Embeddings({name: [tensor] for name, tensor in tensors.items()})
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """`names` of text encoders, in the pipeline's order. Raises NotAnAdapter: those after the first are there without it."""
+    there = [name for name in ENCODERS if name in names]
+    if there != list(ENCODERS[: len(there)]):
+        raise NotAnAdapter(f"it has vectors for {', '.join(there)}, but none for {ENCODERS[0]}; save it again, whole")
+    return there

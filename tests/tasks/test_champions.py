@@ -1,0 +1,166 @@
+"""Who is champion, and who was when."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tasks.champions import (
+    Champion,
+    ChampionChanged,
+    ChampionError,
+    crown,
+    current,
+    history,
+    roll_back,
+    standing,
+    worn,
+)
+from tasks.engines import Recipe
+from tasks.release import ReleaseError
+from tasks.store import Store, layout
+from tests.synthetic_run import RECIPE
+
+BASE = RECIPE.model_digest
+ONE, TWO, THREE = ("1" * 32, "2" * 32, "3" * 32)
+
+
+@pytest.fixture
+def store(any_store: Store) -> Store:
+    for adapter in (ONE, TWO, THREE):
+        give_card(any_store, adapter)
+    for number in range(3):
+        any_store.create(layout.decision(str(number)), b"{}")
+    return any_store
+
+
+def give_card(store: Store, adapter: str, base: str = BASE) -> None:
+    store.create(layout.adapter_card(adapter), json.dumps({"base_digest": base}).encode())
+
+
+def crowned(store: Store, adapter: str | None, number: int | None = None, **more) -> Champion:
+    evidence = None if number is None else layout.decision(str(number))
+    return crown(store, "demo", adapter, base_digest=BASE, why="better", evidence=evidence, **more)
+
+
+def test_before_the_first_champion_the_base_model_makes_the_images(store: Store) -> None:
+    assert current(store, "demo") is None and history(store, "demo") == []
+    assert worn(store, RECIPE, None) is RECIPE
+
+
+def test_a_champion_stands_until_the_next_one(store: Store) -> None:
+    first, second = crowned(store, ONE, 0), crowned(store, TWO, 1, weight=0.5)
+    assert (first.version, first.parent, second.version, second.parent) == (1, None, 2, 1)
+    assert current(store, "demo") == second and history(store, "demo") == [first, second]
+    assert current(store, "other") is None
+    wearing = worn(store, RECIPE, second)
+    assert [(a.digest, a.weight) for a in wearing.adapters] == [(TWO, 0.5)]
+    assert wearing.recipe_id != RECIPE.recipe_id
+
+
+def test_a_decision_crowns_once_also_after_a_rollback(store: Store) -> None:
+    first, second = crowned(store, ONE, 0), crowned(store, TWO, 1)
+    assert crowned(store, TWO, 1) == second
+    assert crowned(store, ONE, 0) == first
+    back = roll_back(store, "demo")
+    assert crowned(store, TWO, 1) == second
+    assert current(store, "demo") == back and back.adapter == ONE
+
+
+def test_setting_who_stands_already_changes_nothing(store: Store) -> None:
+    first = crowned(store, ONE)
+    assert crowned(store, ONE) == first
+    assert crowned(store, TWO).version == 2
+    assert crowned(store, ONE).version == 3
+
+
+def test_rolling_back_goes_back_step_by_step_to_the_base(store: Store) -> None:
+    for number, adapter in enumerate((ONE, TWO, THREE)):
+        crowned(store, adapter, number)
+    assert [roll_back(store, "demo").adapter for _ in range(3)] == [TWO, ONE, None]
+    with pytest.raises(ChampionError, match="base model already"):
+        roll_back(store, "demo")
+    last = roll_back(store, "demo", to=3, why="the report was wrong")
+    assert (last.version, last.adapter, last.restores, last.why) == (7, THREE, 3, "the report was wrong")
+    assert roll_back(store, "demo", to=0).adapter is None
+    assert roll_back(store, "demo", to=3).adapter == THREE
+    assert roll_back(store, "demo").adapter == TWO  # the one before it, not the base that stood in between
+    with pytest.raises(ChampionError, match="no champion 99"):
+        roll_back(store, "demo", to=99)
+    with pytest.raises(ChampionError, match="there are champions of demo"):
+        roll_back(store, "dmeo")
+
+
+def test_only_an_adapter_of_the_store_and_of_that_model_can_be_champion(store: Store) -> None:
+    with pytest.raises(ChampionError, match="has no adapter"):
+        crowned(store, "4" * 32)
+    give_card(store, "5" * 32, base="another")
+    with pytest.raises(ChampionError, match="trained on the model with digest another"):
+        crowned(store, "5" * 32)
+    with pytest.raises(ChampionError, match="evidence"):
+        crown(store, "demo", ONE, base_digest=BASE, why="", evidence=layout.decision("none"))
+    with pytest.raises(ReleaseError):
+        crown(store, "../demo", ONE, base_digest=BASE, why="")
+    assert history(store, "demo") == []
+
+
+def test_a_champion_of_another_model_is_not_worn(store: Store) -> None:
+    champion = crowned(store, ONE, 0)
+    other = Recipe.from_json({**RECIPE.__dict__, "model_digest": "other", "adapters": ()})
+    with pytest.raises(ChampionError, match="belongs to the model with digest"):
+        worn(store, other, champion)
+    assert worn(store, other, crowned(store, None)) is other
+
+
+def test_who_beat_a_champion_that_stands_no_more_is_not_crowned(store: Store) -> None:
+    crowned(store, ONE, 0, over=None)
+    with pytest.raises(ChampionChanged, match="start it again"):
+        crowned(store, TWO, 1, over=None)
+    crowned(store, TWO, 1, over=current(store, "demo"))
+    assert crowned(store, ONE, 0, over=None).version == 1  # it was crowned: the same night, started again
+
+
+def test_of_many_at_once_each_gets_a_version_of_its_own(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for number in range(12):
+        give_card(store, f"{number:032d}")
+        store.create(layout.decision(str(number)), b"{}")
+    with ThreadPoolExecutor(12) as threads:
+        made = list(threads.map(lambda n: crowned(store, f"{n:032d}", n), [*range(12), *range(12)]))
+    champions = history(store, "demo")
+    assert [c.version for c in champions] == list(range(1, 13))
+    assert [c.parent for c in champions] == [None, *range(1, 12)]
+    assert {c.adapter for c in champions} == {f"{n:032d}" for n in range(12)}
+    assert set(made) == set(champions)  # both who brought the same decision got the same answer
+
+
+def test_two_who_both_beat_the_same_champion_do_not_both_become_champion(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for adapter in (ONE, TWO, THREE):
+        give_card(store, adapter)
+    beaten = crowned(store, ONE)
+    for number in (0, 1):
+        store.create(layout.decision(str(number)), b"{}")
+
+    def attempt(number: int) -> bool:
+        try:
+            crowned(store, (TWO, THREE)[number], number, over=beaten)
+        except ChampionChanged:
+            return False
+        return True
+
+    with ThreadPoolExecutor(2) as threads:
+        assert sorted(threads.map(attempt, range(2))) == [False, True]
+    assert len(history(store, "demo")) == 2
+
+
+def test_a_night_keeps_the_champion_it_began_with(store: Store) -> None:
+    assert standing(store, "demo", "2026-11-24") is None
+    first = crowned(store, ONE, 0)
+    assert standing(store, "demo", "2026-11-24") is None  # begun before
+    assert standing(store, "demo", "2026-11-25") == first
+    second = crowned(store, TWO, 1)
+    assert standing(store, "demo", "2026-11-25") == first
+    assert standing(store, "demo", "2026-11-26/with: any text") == second
+    assert history(store, "demo") == [first, second]
