@@ -61,6 +61,7 @@ def nightly(
         edition: names this batch of images. With the same settings, the same edition makes nothing new and another one makes
             new images. {date} stands for the day the run was scheduled for.
     """
+    from tasks.adapters.resolving import resolve_all
     from tasks.engines.models import default_recipe
     from tasks.scorers.openclip import fingerprint
 
@@ -70,7 +71,8 @@ def nightly(
     if workers.runner == "ray":
         store, generation, scoring = for_cluster(store, generation, scoring, workers)
     edition = edition.replace("{date}", scheduled_date())
-    recipe = default_recipe(generation.model, **generation.chosen())
+    adapters = resolve_all(generation.adapters, Store(store))
+    recipe = default_recipe(generation.model, **generation.chosen(), adapters=adapters)
     scorer = fingerprint(scoring.scorer)
     judge = fingerprint(scoring.judge) if scoring.judge else None
     if judge:

@@ -57,6 +57,11 @@ class Generation(BaseModel, frozen=True):
         "sage",
         "xformers",
     ] = Field("sdpa", description="kernel that computes attention; Flux only, elsewhere sdpa (torch's fastest)")
+    adapters: str = Field(
+        "",
+        description="LoRAs and textual inversions to wear, comma-separated, each as a file, URL or id of the store, with its weight "
+        "where that is not 1: a.safetensors=0.8, 3f9a41c2",
+    )
     batch_size: int = Field(8, ge=1, le=1024, description="images per call of the model (1–1024)")
     shard_size: int = Field(128, ge=1, le=100_000, description="images per task (1–100,000)")
 
@@ -68,7 +73,7 @@ class Generation(BaseModel, frozen=True):
         return value
 
     def chosen(self) -> dict[str, Any]:
-        """What was chosen of all that makes a recipe; what is the model's own, or the usual, is left out.
+        """What was chosen of all that makes a recipe but its adapters; what is the model's own, or the usual, is left out.
 
         The form shows an optional number as a switch between types, so a number that means nothing stands for "none".
         """

@@ -181,7 +181,7 @@ class _Work:
             engine, recipe = open_engine(), load_recipe(self.store, self.shard.recipe_id)
             wanted = [order for n in missing for order in batches[n] if order["candidate_id"] not in self.care.given_up]
             with self.clock.time("denoise"):
-                engine.prepare(sorted({(o["prompt"], o["negative_prompt"]) for o in wanted}))
+                engine.prepare(sorted({(o["prompt"], o["negative_prompt"]) for o in wanted}), recipe.adapters)
             suspects = missing[: AHEAD + 1] if self.care.alone else []  # batches are made in order
             waiting: deque[tuple[int, Future[list[Row]]]] = deque()
 
@@ -274,7 +274,7 @@ class _Work:
 
     def _make_again(self, judged: list[Row], engine: Engine, recipe: Recipe) -> list[Row]:
         """The rows of a part, from those of the index; what failed stays failed."""
-        engine.prepare(sorted({(row["prompt"], row["negative_prompt"]) for row in judged}))
+        engine.prepare(sorted({(row["prompt"], row["negative_prompt"]) for row in judged}), recipe.adapters)
         orders = [{name: row[name] for name in tables.ORDERS.names} for row in judged if not row["error"]]
         made = iter(self._make(orders, engine, recipe) if orders else [])
         return [{**row, "image": None} if row["error"] else self._row(next(made), recipe) for row in judged]

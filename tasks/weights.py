@@ -1,4 +1,4 @@
-"""Models and scorers that stand in an object store: copied to this machine once, whoever asks for them there.
+"""Models, scorers and adapters that stand in an object store: copied to this machine once, whoever asks for them there.
 
 A copy's folder is named by what the store listed (names, sizes, etags), so a model that changed under the same URL is
 another folder, and it gets its name last, whole and on the disk. The worker processes of a machine wait for one fetcher;

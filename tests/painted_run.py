@@ -14,7 +14,7 @@ import polars as pl
 import torch
 from world import ATTRIBUTES, Scene, change, parse, render
 
-from tasks.engines import Images, Order, Recipe
+from tasks.engines import Adapter, Images, Order, Recipe
 from tasks.generate import generate_shard
 from tasks.identity import digest
 from tasks.ingest import ingest
@@ -45,7 +45,7 @@ class Painter:
     model, digest, batch_size = RECIPE.model, RECIPE.model_digest, BATCH
     device, load_seconds = "cpu", 0.0
 
-    def prepare(self, prompts: Sequence[tuple[str, str]]) -> None:
+    def prepare(self, prompts: Sequence[tuple[str, str]], adapters: Sequence[Adapter] = ()) -> None:
         pass
 
     def generate(self, orders: Sequence[Order], recipe: Recipe) -> Images:

@@ -69,6 +69,10 @@ def run(
     guidance_until: Annotated[float | None, typer.Option(help="Share of the steps that are guided: faster.")] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="Compile the model's blocks: for large runs.")] = False,
     attention: Annotated[str | None, typer.Option(help="Kernel for Flux's attention, by diffusers' name.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="LoRA or textual inversion to wear: file, URL or id of the store, =0.8 for its weight. Repeatable."),
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per call of the model.")] = None,
     shard_size: Annotated[int | None, typer.Option(help="Images per task.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Further rounds for prompts below their k_min, at most.")] = None,
@@ -127,6 +131,7 @@ def run(
                     guidance_until=guidance_until,
                     compiled=compiled or None,
                     attention=attention,
+                    adapters=adapters_field(adapter),
                     batch_size=batch_size,
                     shard_size=shard_size,
                 )
@@ -168,7 +173,7 @@ def run(
             crew = Workers(runner=runner, **given(workers=workers, address=address, gpus=gpus))
         except ValidationError as error:
             raise typer.BadParameter(in_words(error)) from error
-        _check_names(manifest, store, name, generation.model, scoring)
+        _check_names(manifest, store, name, generation, scoring)
         from flows.nightly import nightly  # Prefect takes seconds to start
 
         summary = nightly(
@@ -186,7 +191,7 @@ def run(
         print_summary(summary)
 
 
-def _check_names(manifest: str, store: str, name: str, model: str, scoring: Any) -> None:
+def _check_names(manifest: str, store: str, name: str, generation: Any, scoring: Any) -> None:
     """What can be told to be wrong at once, before Prefect is started: the flow would find the same. Raises DarkroomError."""
     from tasks.engines.models import locate
     from tasks.lift import check_judge
@@ -198,7 +203,7 @@ def _check_names(manifest: str, store: str, name: str, model: str, scoring: Any)
     check_name(name)
     Store(store)
     find_files(manifest)
-    locate(model)
+    locate(generation.model)
     scorer = fingerprint(scoring.scorer)
     if scoring.judge:
         check_judge(scorer, fingerprint(scoring.judge))

@@ -7,6 +7,7 @@
 from tasks.adapters.cards import Facts, load_card, write_adapter
 from tasks.adapters.errors import AdapterError, AdapterNotFound, ChangesNothing, DoesNotFit, NotAnAdapter
 from tasks.adapters.reading import read_adapter
+from tasks.adapters.resolving import resolve, resolve_all
 from tasks.adapters.tensors import Embeddings, Lora, Weights
 
 __all__ = [
@@ -21,5 +22,7 @@ __all__ = [
     "Weights",
     "load_card",
     "read_adapter",
+    "resolve",
+    "resolve_all",
     "write_adapter",
 ]

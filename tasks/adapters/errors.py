@@ -1,10 +1,10 @@
 """What can be wrong with an adapter: one class per kind of failure."""
 
-from tasks.errors import DarkroomError
+from tasks.engines import EngineError
 
 
-class AdapterError(DarkroomError):
-    """Something is wrong with an adapter."""
+class AdapterError(EngineError):
+    """Something is wrong with an adapter: no image of the recipes that name it can be made."""
 
 
 class AdapterNotFound(AdapterError):

@@ -124,8 +124,10 @@ class Engine(Protocol):
     device: str  # "cpu", "cuda: NVIDIA H100 80GB HBM3"
     load_seconds: float  # that opening it took
 
-    def prepare(self, prompts: Sequence[tuple[str, str]]) -> None:
-        """Encode the distinct (prompt, negative prompt) pairs a shard needs, once; forget those no longer needed."""
+    def prepare(self, prompts: Sequence[tuple[str, str]], adapters: Sequence[Adapter] = ()) -> None:
+        """Encode the distinct (prompt, negative prompt) pairs a shard needs, once; forget those no longer needed.
+
+        `adapters`: those of the recipe, some of which change what a text's embedding is."""
 
     def generate(self, orders: Sequence[Order], recipe: Recipe) -> Images:
         """Make 1 … batch_size images in one call. An image depends on its own order and the recipe alone."""

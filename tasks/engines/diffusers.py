@@ -6,7 +6,8 @@ in the batch and wherever it stands there. What does show, by ±1 in a few value
 CPU, another number of threads: their sums are added up in another order.
 
 What needs no torch (`locate`, `model_digest`, `default_recipe`, `token_limits`) is in `models`; the samplers are in `samplers`,
-the prompts' embeddings in `texts`, the way from latents to pixels in `decoding`, what makes it faster in `speed`.
+the prompts' embeddings in `texts`, the way from latents to pixels in `decoding`, what makes it faster in `speed`; adapters are
+put on by `tasks.adapters.wearing`.
 """
 
 import logging
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from tasks.engines import DeviceFailed, EngineError, Images, Order, Recipe
+from tasks.engines import Adapter, DeviceFailed, EngineError, Images, Order, Recipe
 from tasks.engines.decoding import Decoding, quantised, synchronise
 from tasks.engines.memory import free_memory, is_out_of_memory
 from tasks.engines.models import (
@@ -34,6 +35,8 @@ from tasks.model_thread import on_model_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tasks.adapters.wearing import Wardrobe
 
 __all__ = ["DiffusersEngine", "default_recipe", "locate", "model_digest", "token_limits"]
 
@@ -57,17 +60,19 @@ class DiffusersEngine:
         self._pipeline = _load(self._folder, self.dtype)
         self._decoding = Decoding(self._pipeline)
         self._texts = Texts(self._pipeline, self._folder.family)
+        self._wardrobe: Wardrobe | None = None  # until the first adapter
         self.device = _device_name(self._pipeline)
         synchronise(self._pipeline.device.type)
         self.load_seconds = time.perf_counter() - started
 
     @on_model_thread
-    def prepare(self, prompts: Sequence[tuple[str, str]]) -> None:
-        """Encode the distinct texts of the (prompt, negative prompt) pairs that a shard needs, once.
+    def prepare(self, prompts: Sequence[tuple[str, str]], adapters: Sequence[Adapter] = ()) -> None:
+        """Encode the distinct texts of the (prompt, negative prompt) pairs that a shard needs, once, as these adapters read them.
 
-        Forgets those of earlier shards, except for the latest few. Raises EngineError: out of memory.
+        Forgets those of earlier shards, except for the latest few. Raises EngineError: out of memory; AdapterError.
         """
         with _engine_errors(self.model), _inference():
+            self._wear(adapters)
             self._texts.prepare(prompts)
 
     @on_model_thread
@@ -78,10 +83,12 @@ class DiffusersEngine:
         are those of an engine opened with it.
 
         Raises EngineError: the recipe is for another model or precision, asks for what the model cannot do, or the
-        device ran out of memory for a single image. Any other exception concerns these orders only.
+        device ran out of memory for a single image; AdapterError: its adapters are not there or not for this model. Any other
+        exception concerns these orders only.
         """
         self._check(recipe, len(orders))
         with _engine_errors(self.model), _inference():
+            self._wear(recipe.adapters)
             self._texts.require(orders)
             while True:
                 try:
@@ -95,6 +102,16 @@ class DiffusersEngine:
                         raise
                 # Here the error, and with it all that its frames held, is gone.
                 self._halve(recipe)
+
+    def _wear(self, adapters: Sequence[Adapter]) -> None:
+        if not adapters and self._wardrobe is None:
+            return
+        from tasks.adapters.wearing import Wardrobe  # here, so that an engine also runs where there is no polars
+
+        self._wardrobe = self._wardrobe or Wardrobe(self._pipeline, self.model)
+        self._texts.wear(())  # should the next line fail
+        self._wardrobe.wear(adapters)
+        self._texts.wear(self._wardrobe.text_key)
 
     def _call(self, orders: Sequence[Order], recipe: Recipe) -> Images:
         """One call of the pipeline, with exactly `_batch` orders."""

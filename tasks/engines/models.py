@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.engines import ATTENTION, EngineError, Recipe, TokenLimit
+from tasks.engines import ATTENTION, Adapter, EngineError, Recipe, TokenLimit
 from tasks.engines.samplers import check_sampler
 
 if TYPE_CHECKING:
@@ -247,10 +247,12 @@ def default_recipe(
     guidance_until: float = 1.0,
     compiled: bool = False,
     attention: str = "sdpa",
+    adapters: Sequence[Adapter] = (),
 ) -> Recipe:
     """The recipe for a model, with its own defaults for what is not given; `width` and `height` in pixels.
 
-    Raises EngineError: the model is not there, or it cannot be sampled with that sampler, at that size or with those options.
+    Raises EngineError: the model is not there, or it cannot be sampled with that sampler, at that size or with those options;
+    AdapterError: an adapter is not there, or is not for this model.
     """
     folder = ModelFolder(locate(model))
     own, (own_width, own_height) = folder.defaults, folder.size
@@ -266,8 +268,13 @@ def default_recipe(
         guidance_until=float(guidance_until),
         compiled=compiled,
         attention=attention,
+        adapters=tuple(adapters),
     )
     check_recipe(recipe, folder)
+    if adapters:
+        from tasks.adapters.fitting import check_adapters  # here, since it reads them with torch
+
+        check_adapters(recipe, folder)
     return recipe
 
 

@@ -1,7 +1,7 @@
 """What a pipeline is told: the embeddings of prompts and negative prompts, each text encoded once."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tasks.engines import Order, Recipe
@@ -15,23 +15,31 @@ SHARDS_REMEMBERED = 4  # as many threads may share one engine without encoding e
 
 
 class Texts:
-    """The embeddings that a pipeline has made, by text; those of long finished shards are forgotten."""
+    """The embeddings that a pipeline has made, by text; those of long finished shards are forgotten.
+
+    Adapters may change what a text's embedding is: `wear` says which the pipeline wears of these.
+    """
 
     def __init__(self, pipeline: Any, family: Family):
         self._pipeline = pipeline
         self._family = family
-        self._known: dict[str, tuple[torch.Tensor, ...]] = {}
-        self._remembered: deque[set[str]] = deque(maxlen=SHARDS_REMEMBERED)
+        self._worn: Hashable = ()
+        self._known: dict[tuple[Hashable, str], tuple[torch.Tensor, ...]] = {}
+        self._remembered: deque[set[tuple[Hashable, str]]] = deque(maxlen=SHARDS_REMEMBERED)
 
     def __len__(self) -> int:
         return len(self._known)
 
+    def wear(self, adapters: Hashable) -> None:
+        """From now on texts are encoded with these adapters; what was encoded with others is kept apart."""
+        self._worn = adapters
+
     def prepare(self, prompts: Sequence[tuple[str, str]]) -> None:
         """Encode the distinct texts of these (prompt, negative prompt) pairs, and forget those of all but the latest calls."""
         texts = {text for prompt, negative in prompts for text in self._needed(prompt, negative)}
-        self._remembered.append(texts)
+        self._remembered.append({(self._worn, text) for text in texts})
         kept = set().union(*self._remembered)
-        self._known = {text: value for text, value in self._known.items() if text in kept}
+        self._known = {key: value for key, value in self._known.items() if key in kept}
         self._embed(sorted(texts))
 
     def require(self, orders: Sequence[Order]) -> None:
@@ -58,13 +66,13 @@ class Texts:
 
     def _embed(self, texts: Sequence[str]) -> list[tuple["torch.Tensor", ...]]:
         """For each text (embedding [tokens, d],) or with the pooled one, (…, [d]); encoded when first met, in full batches."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        new = [text for text in dict.fromkeys(texts) if (self._worn, text) not in self._known]
         for start in range(0, len(new), TEXT_BATCH):
             batch = new[start : start + TEXT_BATCH]
             encoded = self._encode([*batch, *[batch[0]] * (TEXT_BATCH - len(batch))])
             for place, text in enumerate(batch):  # copies, which do not keep the batch in memory
-                self._known[text] = tuple(tensor[place].clone() for tensor in encoded)
-        return [self._known[text] for text in texts]
+                self._known[self._worn, text] = tuple(tensor[place].clone() for tensor in encoded)
+        return [self._known[self._worn, text] for text in texts]
 
     def _encode(self, texts: list[str]) -> tuple["torch.Tensor", ...]:
         import torch

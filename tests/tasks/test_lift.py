@@ -14,7 +14,7 @@ import torch
 from world import Scene, all_scenes, caption, change, parse, render
 
 from tasks import tables
-from tasks.engines import Images, Order, Recipe
+from tasks.engines import Adapter, Images, Order, Recipe
 from tasks.generate import generate_shard
 from tasks.ingest import ingest
 from tasks.lift import (
@@ -222,7 +222,7 @@ class Painter:
 
     model, digest, batch_size = "painter", RECIPE.model_digest, 16
 
-    def prepare(self, prompts: Sequence[tuple[str, str]]) -> None:
+    def prepare(self, prompts: Sequence[tuple[str, str]], adapters: Sequence[Adapter] = ()) -> None:
         pass
 
     def generate(self, orders: Sequence[Order], recipe: Recipe) -> Images:
