@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -24,7 +23,7 @@ from tasks.store.shards import read_images, read_index
 from tasks.trainers.pictures import Dataset, Picture, Subset
 
 if TYPE_CHECKING:
-    from tasks.trainers import Progress, Settings, Trained
+    pass
 
 MOST_REPEATS = 10  # of a picture in an epoch: what a rare stratum, or few anchors, are repeated at most
 FEWEST_IMAGES = 8  # less would be learnt by heart
@@ -127,7 +126,9 @@ def read_lessons(
     return Lessons(
         datasets=(data,),
         sources=tuple(
-            Source(*release, find_run(store, "@".join(map(str, release))), kept.filter(pl.col("release") == number).height)
+            Source(
+                *release, find_run(store, "@".join(map(str, release))), kept.filter(pl.col("release") == number).height
+            )
             for number, release in enumerate(named)
         ),
         anchors=sum(len(subset.pictures) for subset in anchoring),
@@ -147,7 +148,7 @@ def depth_of(store: Store, recipe: Recipe) -> int:
 def _adapter_depth(store: Store, adapter: str) -> int:
     if not store.exists(layout.adapter_card(adapter)):
         return 0
-    return load_card(store, adapter).generation_depth
+    return int(load_card(store, adapter)["generation_depth"])
 
 
 def _approved(store: Store, dataset: str, version: int) -> pl.DataFrame:
@@ -191,7 +192,9 @@ def _pictures(store: Store, rows: pl.DataFrame) -> list[Picture]:
         return lambda: images(part)[candidate]
 
     return [
-        Picture(row["candidate_id"], row["prompt"], row["width"], row["height"], reader(row["part"], row["candidate_id"]))
+        Picture(
+            row["candidate_id"], row["prompt"], row["width"], row["height"], reader(row["part"], row["candidate_id"])
+        )
         for row in rows.iter_rows(named=True)
     ]
 
@@ -199,7 +202,9 @@ def _pictures(store: Store, rows: pl.DataFrame) -> list[Picture]:
 def _anchored(anchors: Sequence[Dataset], seen: int, share: float) -> list[Subset]:
     """As many anchor pictures, repeated where they are few, as make up `share` of an epoch with `seen` views of others."""
     if not 0 <= share < 1:
-        raise LearningError(f"an anchor share of {share:g} leaves nothing to learn: give a number from 0 up to, not including, 1")
+        raise LearningError(
+            f"an anchor share of {share:g} leaves nothing to learn: give a number from 0 up to, not including, 1"
+        )
     pictures = [picture for dataset in anchors for subset in dataset.subsets for picture in subset.pictures]
     wanted = round(seen * share / (1 - share))
     if not pictures or not wanted:

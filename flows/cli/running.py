@@ -71,7 +71,9 @@ def run(
     attention: Annotated[str | None, typer.Option(help="Kernel for Flux's attention, by diffusers' name.")] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(help="LoRA or textual inversion to wear: file, URL or id of the store, =0.8 for its weight. Repeatable."),
+        typer.Option(
+            help="LoRA or textual inversion to wear: file, URL or id of the store, =0.8 for its weight. Repeatable."
+        ),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per call of the model.")] = None,
     shard_size: Annotated[int | None, typer.Option(help="Images per task.")] = None,
@@ -131,7 +133,7 @@ def run(
                     guidance_until=guidance_until,
                     compiled=compiled or None,
                     attention=attention,
-                    adapters=adapters_field(adapter),
+                    adapters=", ".join(adapter) if adapter else None,
                     batch_size=batch_size,
                     shard_size=shard_size,
                 )

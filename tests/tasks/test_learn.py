@@ -104,13 +104,13 @@ def test_depth_is_counted_through_the_adapters_and_capped(store: Store) -> None:
     assert capped.generation_depth == 1 and capped.too_deep == capped.images
     assert [source.images > 0 for source in capped.sources] == [True, False]
     assert [entry["version"] for entry in capped.learned_from] == [1]
-    with pytest.raises(TooDeep, match="generation 1 or beyond.*--no-champion"):
+    with pytest.raises(TooDeep, match=r"generation 1 or beyond.*--no-champion"):
         read_lessons(store, [("demo", 2)], SIZE, 4, most_generations=1)
 
 
 def test_too_little_is_told_with_the_reasons(store: Store) -> None:
     made = released(store)
-    with pytest.raises(LearningError, match="0 images are left .* demo@1.* of held-out prompts"):
+    with pytest.raises(LearningError, match=r"0 images are left .* demo@1.* of held-out prompts"):
         read_lessons(store, [("demo", 1)], SIZE, 4, held_out=frozenset(ledger_of(made)["prompt_id"].to_list()))
     with pytest.raises(LearningError, match="no release of 'other'"):
         releases_of(store, "other")
