@@ -1,6 +1,6 @@
 """The steps of the gate: thin Prefect tasks, as those in `steps`, over `tasks/duel.py` and `tasks/champions.py`."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.steps import step
 from tasks.champions import Champion
@@ -9,6 +9,9 @@ from tasks.engines import Adapter, Recipe
 from tasks.exam import Exam
 from tasks.references import ManifestRef, PlanRef
 from tasks.store import Store, layout
+
+if TYPE_CHECKING:
+    import polars as pl
 
 
 @step(name="hold out")
@@ -19,6 +22,30 @@ def hold_out(store: str, manifest: ManifestRef, share: float, exam: Exam) -> Man
     prompts = manifest_of(Store(store), held_out_prompts(Store(store), manifest, share))
     check_size(prompts, exam)
     return prompts
+
+
+def not_to_be_learnt(store: Store, exam: str | None, share: float) -> "pl.Expr":
+    """Which prompts are never learnt from: those of an exam's manifest snapshot; None: that share of all."""
+    import polars as pl
+
+    from tasks.exam import is_asked, is_held_out
+
+    if exam is None:
+        return is_held_out(pl.col("prompt"), share)
+    return is_asked(pl.col("prompt"), store.read_frame(layout.manifest(exam), ["prompt"])["prompt"])
+
+
+@step(name="champion")
+def champion(store: str, name: str, night: str, recipe: Recipe) -> tuple[Champion | None, Recipe]:
+    """Who makes the images of a night, which is who stood when it was begun, and the recipe with what that champion wears.
+
+    Raises ChampionError.
+    """
+    from tasks.champions import standing, worn
+
+    place = Store(store)
+    stands = standing(place, name, night)
+    return stands, worn(place, recipe, stands)
 
 
 @step(name="resolve")
@@ -98,6 +125,7 @@ def summary(store: str, name: str, challenger: Adapter, decision: Decision | Non
             "reasons": decision.verdict.reasons,
             "findings": [finding.__dict__ for finding in decision.verdict.findings],
             "run": decision.facts["run"],
+            "evidence": decision.key,
             "decision": place.uri(decision.key),
             "sheet": place.uri(layout.duel_sheet(decision.facts["duel"])),
         }

@@ -1,6 +1,6 @@
 """The main flow: a manifest of prompts in, a filtered, versioned, traceable image dataset out.
 
-    ingest → plan → generate ⇉ score → (top up) → select → release → lineage → report
+    ingest → plan → generate ⇉ score → (top up) → select → release → lineage → report → (learn → decide)
 
 Starting it again with the same parameters goes on where it stopped: what the store holds is never made twice.
 """
@@ -14,9 +14,11 @@ from typing import Any, Literal
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows import attempts, steps
+from flows import attempts, gate_steps, steps
+from flows.decide import check_gate
 from flows.fanout import fan_out, mend_whole, whole
-from flows.parameters import Budget, Generation, Policy, Scoring, Workers
+from flows.learning import hold_out, learn_and_decide
+from flows.parameters import Budget, Exam, Generation, Learning, Policy, Scoring, Workers
 from flows.pools import check_workers, open_pool
 from tasks.accounting import in_words as cost_in_words
 from tasks.develop import Job
@@ -42,6 +44,9 @@ def nightly(
     scoring: Scoring = Scoring(),  # noqa: B008
     policy: Policy = Policy(),  # noqa: B008
     budget: Budget = Budget(),  # noqa: B008
+    learn: bool = False,
+    learning: Learning = Learning(),  # noqa: B008
+    exam: Exam = Exam(),  # noqa: B008
     workers: Workers = Workers(),  # noqa: B008
     on_bad_rows: Literal["fail", "quarantine"] = "fail",
     edition: str = "",
@@ -56,6 +61,9 @@ def nightly(
         scoring: who judges them.
         policy: what is accepted.
         budget: what may be spent on prompts that lack images after the first round.
+        learn: whether the model is fine-tuned on what was approved, once it is released, to challenge the champion.
+        learning: what it learns from, and how.
+        exam: how it is compared with the champion, and what it must show to make the next images.
         workers: who does the work, and how many at once.
         on_bad_rows: fail, or quarantine (leave bad rows out and write them beside the manifest snapshot).
         edition: names this batch of images. With the same settings, the same edition makes nothing new and another one makes
@@ -70,9 +78,11 @@ def nightly(
     check_workers(workers, store)
     if workers.runner == "ray":
         store, generation, scoring = for_cluster(store, generation, scoring, workers)
+    if learn:
+        check_gate(scoring)
     edition = edition.replace("{date}", scheduled_date())
     adapters = resolve_all(generation.adapters, Store(store))
-    recipe = default_recipe(generation.model, **generation.chosen(), adapters=adapters)
+    base = default_recipe(generation.model, **generation.chosen(), adapters=adapters)
     scorer = fingerprint(scoring.scorer)
     judge = fingerprint(scoring.judge) if scoring.judge else None
     if judge:
@@ -80,6 +90,9 @@ def nightly(
     judging, policy = steps.judging(store, scoring, scorer, policy)
 
     snapshot = steps.ingest(store, manifest, generation.model, scoring.scorer, on_bad_rows)
+    held_out = hold_out(store, snapshot, learning, exam, generation, scoring) if learn else None
+    night = f"{edition} of manifest {snapshot.sha256} by recipe {base.recipe_id}"
+    champion, recipe = gate_steps.champion(store, name, night, base) if generation.champion else (None, base)
     run = steps.open_run(
         store,
         {
@@ -135,6 +148,10 @@ def nightly(
         report = whole(
             mend, partial(steps.report, store, name, selection, released, plan, snapshot, policy, lift, summary, costs)
         )
+        learnt = {}
+        if held_out:
+            forms = (generation, scoring, learning, exam, workers)
+            learnt = learn_and_decide(store, released, base, held_out, events, *forms)
 
     return {
         "run": run,
@@ -156,6 +173,8 @@ def nightly(
         "version": released.version,
         "release": Store(store).uri(layout.release(name, released.version)),
         "report": report,
+        "made_by": champion,
+        **learnt,
     }
 
 

@@ -84,17 +84,18 @@ class Generation(BaseModel, frozen=True):
 
 
 class Learning(BaseModel, frozen=True):
-    """Whether the model learns from what was approved. What it learnt makes images only once the gate lets it."""
+    """What a training learns from, and how. What it learnt makes images only once the gate lets it."""
 
-    enabled: bool = Field(False, description="fine-tune the model on the approved images after the release")
     options: str = Field(
         "", description="settings of the training that differ from the model's own, such as: rank=8, steps=300"
     )
     releases: int = Field(0, ge=0, le=10_000, description="learn from the latest so many releases; 0: from all")
     held_out: float = Field(
-        0.2, gt=0, le=0.9, description="share of the prompts that are never learnt from, for the gate to ask (0–0.9)"
+        0.2, ge=0, le=0.9, description="share of the prompts that are never learnt from, for the gate to ask (0–0.9)"
     )
-    exam: str = Field("", description="manifest of prompts for the gate to ask instead; none of them is learnt from")
+    exam_manifest: str = Field(
+        "", description="manifest of prompts for the gate to ask instead of that share; none of them is learnt from"
+    )
     anchors: str = Field(
         "", description="Kohya dataset TOML of pictures that no model made, to be learnt along; empty: none"
     )

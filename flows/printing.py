@@ -2,6 +2,7 @@
 
 from typing import Any
 
+FORMS = ("for diffusers", "for others")  # ComfyUI, A1111, InvokeAI, Kohya
 MANIFEST_NOTES = {"merged": "duplicate rows merged", "bad_rows": "bad rows quarantined"}
 
 
@@ -59,8 +60,18 @@ def print_summary(summary: dict[str, Any]) -> None:
         rows.add("cost", escape(summary["cost"]))
     if summary.get("lift"):
         rows.add("lift", escape(summary["lift"]))
+    if summary.get("made_by"):
+        rows.add(
+            "made by", f"champion {summary['made_by'].version} of {summary['dataset']}: {summary['made_by'].in_words}"
+        )
     rows.add("release", f"[bold]{summary['dataset']} v{summary['version']}[/]  {escape(summary['release'])}")
     rows.add("report", escape(summary["report"]))
+    if learnt := summary.get("learnt"):
+        rows.add("learnt", escape(learnt.in_words))
+    if duel := summary.get("duel"):
+        _add_duel(rows, duel)
+    if summary.get("nothing"):
+        rows.add("no champion" if learnt else "not learnt", escape(summary["nothing"]))
     rows.print(f"[bold]Darkroom[/] run {summary['run']} in {summary['seconds']:.0f} s")
 
 
@@ -82,34 +93,51 @@ def print_calibration(measured: Any) -> None:
 
 
 def print_duel(summary: dict[str, Any]) -> None:
+    rows = Rows()
+    _add_duel(rows, summary)
+    rows.print(f"[bold]Darkroom[/] challenger {summary['challenger'][:12]} in {summary['seconds']:.0f} s")
+
+
+def _add_duel(rows: Rows, duel: dict[str, Any]) -> None:
+    """Who is champion now, and why."""
     from rich.markup import escape
 
-    rows = Rows()
-    crowned: Any = summary.get("crowned")
-    if summary["already"]:
-        rows.add(
-            "champion", f"[bold]it is champion {crowned.version} of {summary['name']} already[/], since {crowned.since}"
-        )
+    crowned, name = duel.get("crowned"), escape(duel["name"])
+    if duel["already"]:
+        rows.add("champion", f"[bold]it is champion {crowned.version} of {name} already[/], since {crowned.since}")
     elif crowned:
-        rows.add(
-            "champion", f"[bold]promoted[/]: champion {crowned.version} of {summary['name']} since {crowned.since}"
-        )
+        rows.add("champion", f"[bold]promoted[/]: champion {crowned.version} of {name} since {crowned.since}")
     else:
-        rows.add(
-            "champion", f"[bold]not promoted[/]: {_defender(summary['beaten'])} stays champion of {summary['name']}"
-        )
-    for number, finding in enumerate(summary.get("findings", ())):
+        rows.add("champion", f"[bold]not promoted[/]: {_defender(duel['beaten'])} stays champion of {name}")
+    for number, finding in enumerate(duel.get("findings", ())):
         rows.add("found" if not number else "", f"{'✓' if finding['held'] else '✗'} {escape(finding['text'])}")
-    if "made" in summary:
-        rows.add("images", f"{summary['made']} made now, of {summary['prompts']} held-out prompts")
-    if "decision" in summary:
-        rows.add("decision", escape(summary["decision"]))
-        rows.add("sheet", escape(summary["sheet"]))
-    rows.print(f"[bold]Darkroom[/] challenger {summary['challenger'][:12]} in {summary['seconds']:.0f} s")
+    if "made" in duel:
+        rows.add("images", f"{duel['made']} made now, of {duel['prompts']} held-out prompts")
+    if "decision" in duel:
+        rows.add("decision", escape(duel["decision"]))
+        rows.add("sheet", escape(duel["sheet"]))
 
 
 def _defender(champion: Any) -> str:
     return champion.in_words if champion else "the base model"
+
+
+def print_training(store: Any, learnt: Any, copied: list[str]) -> None:
+    """`copied`: the adapter's files outside of the store."""
+    from rich.markup import escape
+
+    from tasks.adapters import load_card
+
+    card = load_card(store, learnt.adapter)
+    rows = Rows()
+    rows.add("adapter", f"[bold]{learnt.adapter}[/]")
+    rows.add("learnt", escape(learnt.in_words))
+    rows.add("loss", f"{learnt.loss:.4f} at the end (mean of the last steps)")
+    if card["trigger"]:
+        rows.add("trigger", escape(card["trigger"]))
+    for file, use in zip(copied or [store.uri(file["key"]) for file in card["files"]], FORMS, strict=True):
+        rows.add(use, escape(file))
+    rows.print(f"[bold]Darkroom[/] training {learnt.training} in {learnt.seconds:.0f} s")
 
 
 def print_champion(store: Any, champion: Any) -> None:

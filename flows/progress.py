@@ -124,3 +124,64 @@ class Progress:
         else:
             self._publisher.join()
         self._bar.stop()
+
+
+class Training:
+    """Shows the steps of a training, its loss and the time left: a bar in the terminal, an artifact in the Prefect UI."""
+
+    PUBLISH_SECONDS = 5.0
+
+    def __init__(self, model: str, images: int):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        self.title = f"{model} learns from {images:,} images"
+        self._bar = Bar(
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=32),
+            MofNCompleteColumn(),
+            TextColumn("steps · {task.fields[told]}"),
+            TimeElapsedColumn(),
+            console=Console(file=sys.stderr),
+            disable=not sys.stderr.isatty(),
+        )
+        self._published = 0.0
+
+    def told(self, progress: Any) -> None:
+        """What `train` tells of each step. Raises Stopped: nobody waits for it any more."""
+        if _stopped.is_set():
+            raise Stopped("the run ended while its model learned; the training's checkpoints are kept")
+        words = progress.in_words
+        self._bar.update(
+            self._task, description=progress.phase, total=progress.steps, completed=progress.step, told=words
+        )
+        if time.monotonic() - self._published > self.PUBLISH_SECONDS or progress.step == progress.steps:
+            self._published = time.monotonic()
+            with suppress(HTTPError):
+                self._publish(100 * progress.step / progress.steps, f"{self.title}: {progress.phase}, {words}")
+
+    def _publish(self, percent: float, description: str) -> None:
+        from prefect.artifacts import update_progress_artifact
+
+        update_progress_artifact(self._artifact, progress=percent, description=description)
+
+    def __enter__(self) -> Self:
+        from prefect.artifacts import create_progress_artifact
+
+        _stopped.clear()
+        self._artifact: Any = create_progress_artifact(progress=0.0, description=self.title)
+        self._task = self._bar.add_task("", total=None, told="")
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.stop()
+
+
+_stopped = threading.Event()
+
+
+def stop_training() -> None:
+    """Let a training in this process end at its next step."""
+    _stopped.set()

@@ -74,8 +74,13 @@ class Exam(BaseModel, frozen=True):
 
 def is_held_out(prompt: pl.Expr, share: float) -> pl.Expr:
     """Whether a prompt is among the `share` (0–1) that is held out. Case and white space make no other prompt of it."""
-    text = pl.concat_str([pl.lit(HELD_OUT), tidy(prompt).str.to_lowercase()], separator=identity.UNIT_SEPARATOR)
+    text = pl.concat_str([pl.lit(HELD_OUT), _said(prompt)], separator=identity.UNIT_SEPARATOR)
     return identity.seed(identity.blake3(text)) < round(share * 16**identity.SEED_DIGITS)
+
+
+def is_asked(prompt: pl.Expr, exam: pl.Series) -> pl.Expr:
+    """Whether a prompt is one of an exam's. Case and white space make no other prompt of it."""
+    return _said(prompt).is_in(exam.to_frame("prompt").select(_said(pl.col("prompt")))["prompt"].unique().to_list())
 
 
 def held_out_prompts(store: Store, manifest: ManifestRef, share: float) -> pl.DataFrame:
@@ -101,3 +106,7 @@ def check_size(manifest: ManifestRef, exam: Exam) -> None:
             f"{manifest.prompts} prompts are held out, and without {exam.prompts} nothing is decided: chance would decide. Hold "
             "more prompts out, or give the exam a manifest of its own"
         )
+
+
+def _said(prompt: pl.Expr) -> pl.Expr:
+    return tidy(prompt).str.to_lowercase()

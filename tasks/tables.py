@@ -297,6 +297,21 @@ ACCOUNTING = Table(
     ),
 )
 
+LESSONS = Table(
+    "lessons",
+    1,
+    _columns(
+        Column("picture", pa.string(), "candidate id, or sha256 of the file, of what a training learned from"),
+        Column(
+            "source",
+            pa.string(),
+            "the release, such as demo@3, or the dataset file it is from; anchor: no model made it",
+        ),
+        Column("repeats", pa.int32(), "how often it is seen in an epoch"),
+        Column("is_reg", pa.bool_(), "whether it keeps what the model knew (regularisation)"),
+    ),
+)
+
 DUEL = Table(
     "duel",
     1,

@@ -6,8 +6,9 @@ from flows.cli.exporting import export
 from flows.cli.gating import champion, promote
 from flows.cli.results import calibrate, diff, reselect, trace, verify
 from flows.cli.running import run
+from flows.cli.training import train
 
-COMMANDS = (run, reselect, promote, diff, trace, verify, calibrate, export)
+COMMANDS = (run, reselect, train, promote, diff, trace, verify, calibrate, export)
 GROUPS = {"champion": champion}
 
 app = typer.Typer(

@@ -5,22 +5,29 @@ from typing import Annotated, Any, Literal
 import typer
 
 from flows.cli.shared import (
+    AnchorShareOption,
+    AnchorsOption,
     BandHighOption,
     BandLowOption,
     BlendOption,
     CountOption,
     DuplicateBitsOption,
     DuplicateCosineOption,
+    ExamOption,
     FloorOption,
+    HeldOutOption,
     KMaxOption,
     KMinOption,
     ModeOption,
+    MostGenerationsOption,
     QuotaOption,
     RejectOption,
+    SettingOption,
     StoreOption,
     errors,
     given,
     in_words,
+    learning_fields,
     policy_fields,
     quiet_prefect,
 )
@@ -75,6 +82,9 @@ def run(
             help="LoRA or textual inversion to wear: file, URL or id of the store, =0.8 for its weight. Repeatable."
         ),
     ] = None,
+    no_champion: Annotated[
+        bool, typer.Option("--no-champion", help="Make images with the base model, though the dataset has a champion.")
+    ] = False,
     batch_size: Annotated[int | None, typer.Option(help="Images per call of the model.")] = None,
     shard_size: Annotated[int | None, typer.Option(help="Images per task.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Further rounds for prompts below their k_min, at most.")] = None,
@@ -94,6 +104,20 @@ def run(
     canary: Annotated[
         float | None, typer.Option(help="Stop where surely more than this share of the first shard is unusable.")
     ] = None,
+    learn: Annotated[
+        bool,
+        typer.Option(
+            "--learn",
+            help="Fine-tune on what was approved; who is provably better makes the next images. Needs --judge.",
+        ),
+    ] = False,
+    option: SettingOption = None,
+    releases: Annotated[int | None, typer.Option(help="Learn from the latest so many releases; else from all.")] = None,
+    held_out: HeldOutOption = None,
+    exam: ExamOption = None,
+    anchors: AnchorsOption = None,
+    anchor_share: AnchorShareOption = None,
+    most_generations: MostGenerationsOption = None,
     workers: Annotated[
         int | None, typer.Option(help="Worker processes; else one for each GPU, and without a GPU none.")
     ] = None,
@@ -115,7 +139,7 @@ def run(
     with errors():
         from pydantic import ValidationError
 
-        from flows.parameters import Budget, Generation, Policy, Scoring, Workers
+        from flows.parameters import Budget, Generation, Learning, Policy, Scoring, Workers
 
         if calibrated_floor and floor is not None:
             raise typer.BadParameter("--floor and --calibrated-floor contradict each other: give one of them")
@@ -134,6 +158,7 @@ def run(
                     compiled=compiled or None,
                     attention=attention,
                     adapters=", ".join(adapter) if adapter else None,
+                    champion=False if no_champion else None,
                     batch_size=batch_size,
                     shard_size=shard_size,
                 )
@@ -172,10 +197,23 @@ def run(
                     canary=canary,
                 )
             )
+            learning = Learning(
+                **learning_fields(
+                    option,
+                    exam,
+                    releases=releases,
+                    held_out=held_out,
+                    anchors=anchors,
+                    anchor_share=anchor_share,
+                    most_generations=most_generations,
+                )
+            )
             crew = Workers(runner=runner, **given(workers=workers, address=address, gpus=gpus))
         except ValidationError as error:
             raise typer.BadParameter(in_words(error)) from error
         _check_names(manifest, store, name, generation, scoring)
+        if learn:
+            _check_learning(generation, scoring, learning)
         from flows.nightly import nightly  # Prefect takes seconds to start
 
         summary = nightly(
@@ -186,6 +224,8 @@ def run(
             scoring=scoring,
             policy=policy,
             budget=budget,
+            learn=learn,
+            learning=learning,
             workers=crew,
             on_bad_rows=on_bad_rows,
             edition=edition,
@@ -209,3 +249,18 @@ def _check_names(manifest: str, store: str, name: str, generation: Any, scoring:
     scorer = fingerprint(scoring.scorer)
     if scoring.judge:
         check_judge(scorer, fingerprint(scoring.judge))
+
+
+def _check_learning(generation: Any, scoring: Any, learning: Any) -> None:
+    """Likewise for a run that learns. Raises DarkroomError."""
+    from flows.decide import check_gate
+    from tasks.kohya import read_toml
+    from tasks.learn import settings_for
+    from tasks.manifest_files import find_files
+
+    check_gate(scoring)
+    settings_for(generation.model, learning.options)
+    if learning.anchors:
+        read_toml(learning.anchors)
+    if learning.exam_manifest:
+        find_files(learning.exam_manifest)

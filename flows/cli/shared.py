@@ -34,6 +34,26 @@ DuplicateBitsOption = Annotated[
     int | None, typer.Option(help="Reject images so few bits (perceptual hash) from a better one; -1: none.")
 ]
 
+# how a model learns
+SettingOption = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-o", help="Setting of the training, name=value, such as rank=8. May be repeated."),
+]
+HeldOutOption = Annotated[
+    float | None, typer.Option(help="Share of the prompts that is never learnt from, for the gate to ask.")
+]
+ExamOption = Annotated[
+    str | None, typer.Option("--exam", help="Manifest of prompts for the gate to ask instead of that share.")
+]
+AnchorsOption = Annotated[
+    str | None, typer.Option(help="Kohya dataset TOML of pictures no model made, to be learnt along.")
+]
+AnchorShareOption = Annotated[float | None, typer.Option(help="Share of these in what is seen.")]
+MostGenerationsOption = Annotated[
+    int | None,
+    typer.Option(help="Trainings on generated images that may lie between the base model and an adapter, at most."),
+]
+
 
 class errors:
     """Errors that Darkroom names are told in one paragraph, without a traceback."""
@@ -95,6 +115,11 @@ def policy_fields(
             raise typer.BadParameter(f"--quota {bad[0]}: write stratum=share or stratum=number, such as night=0.4")
         fields["quotas"] = {stratum: part for stratum, _, part in parts}
     return fields
+
+
+def learning_fields(option: list[str] | None, exam: str | None, **fields: Any) -> dict[str, Any]:
+    """The fields of `Learning` that were given."""
+    return given(options=", ".join(option) if option else None, exam_manifest=exam, **fields)
 
 
 def in_words(error: Any) -> str:

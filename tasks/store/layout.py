@@ -198,6 +198,11 @@ def training(training: str) -> str:
     return f"trainings/{training}"
 
 
+def lessons(training: str) -> str:
+    """What a training learned from: each picture, and where it is from."""
+    return f"trainings/{training}/lessons.parquet"
+
+
 def champion(name: str) -> str:
     """The folder of the snapshots that say which adapter makes the images of `name`."""
     return f"champions/{name}"

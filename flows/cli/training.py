@@ -1,0 +1,70 @@
+"""`darkroom train`."""
+
+from typing import Annotated
+
+import typer
+
+from flows.cli.shared import (
+    AnchorShareOption,
+    AnchorsOption,
+    ExamOption,
+    HeldOutOption,
+    MostGenerationsOption,
+    SettingOption,
+    StoreOption,
+    errors,
+    given,
+    in_words,
+    learning_fields,
+    quiet_prefect,
+)
+from flows.printing import print_training
+
+
+def train(
+    sources: Annotated[
+        list[str], typer.Argument(help="Releases (demo@3; demo: all of that name) and Kohya dataset files (….toml).")
+    ],
+    store: StoreOption = "out/store",
+    name: Annotated[str, typer.Option(help="As other tools list the adapter.")] = "",
+    option: SettingOption = None,
+    model: Annotated[str | None, typer.Option(help="Diffusers folder or hub name.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels that images of releases are learnt at.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    held_out: HeldOutOption = None,
+    exam: ExamOption = None,
+    anchors: AnchorsOption = None,
+    anchor_share: AnchorShareOption = None,
+    most_generations: MostGenerationsOption = None,
+    to: Annotated[str | None, typer.Option(help="Folder that gets the adapter's files, too.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's own log.")] = False,
+) -> None:
+    """Teach the model: a LoRA, DreamBooth or textual inversion as an adapter of the store. Start it again to go on after a stop."""
+    quiet_prefect(verbose)
+    with errors():
+        from pydantic import ValidationError
+
+        from flows.parameters import Generation, Learning
+        from tasks.learn import copy_files, settings_for
+        from tasks.store import Store
+
+        try:
+            generation = Generation(**given(model=model, width=width, height=height))
+            learning = Learning(
+                **learning_fields(
+                    option,
+                    exam,
+                    held_out=held_out,
+                    anchors=anchors,
+                    anchor_share=anchor_share,
+                    most_generations=most_generations,
+                )
+            )
+        except ValidationError as error:
+            raise typer.BadParameter(in_words(error)) from error
+        settings_for(generation.model, learning.options)  # what is wrong is told before Prefect starts
+        from flows.train import train as flow
+
+        learnt = flow(sources=sources, store=store, name=name, generation=generation, learning=learning)
+        files = copy_files(Store(store), learnt.adapter, to) if to else []
+        print_training(Store(store), learnt, files)

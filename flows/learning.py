@@ -1,0 +1,138 @@
+"""What was approved teaches the model, and the gate decides whether what it learnt makes the next images: a part of `nightly`.
+
+    learn → (decide)
+
+A release stands before any of this begins, and stays whatever becomes of it: that nothing could be learnt is an outcome, not a failure.
+"""
+
+import logging
+from typing import Any
+
+from flows import gate_steps, steps
+from flows.decide import decide
+from flows.parameters import Exam, Generation, Learning, Scoring, Workers
+from flows.pools import Pool, WorkerDied, open_pool
+from flows.progress import Training, stop_training
+from flows.steps import step
+from tasks.champions import ChampionChanged
+from tasks.engines import Recipe
+from tasks.learn import Learnt
+from tasks.lessons import LessonError
+from tasks.lineage import Events
+from tasks.references import ManifestRef, ReleaseRef
+from tasks.store import Store, layout
+from tasks.trainers import Diverged
+
+STARTS = 3  # of a training whose worker dies; each goes on from the last checkpoint
+LOOK_SECONDS = 0.5
+
+log = logging.getLogger(__name__)
+
+
+@step(name="learn", retries=0)
+def learn(store: str, recipe: Recipe, sources: list[str], learning: Learning, exam: str | None, name: str) -> Learnt:
+    """Train the recipe's model on releases (`name@version`) and Kohya dataset files, where a worker has a device for it.
+
+    `exam`: the manifest snapshot of prompts that are never learnt from; None: a share of all.
+    """
+    from flows import worker
+    from tasks.engines.models import locate
+    from tasks.learn import learn, settings_for
+    from tasks.lessons import of_sources
+
+    worker.settle()
+    place = Store(store)
+    settings = settings_for(recipe.model, learning.options)
+    lessons = of_sources(
+        place,
+        sources,
+        (recipe.width, recipe.height),
+        settings.batch_size,
+        held_out=gate_steps.not_to_be_learnt(place, exam, learning.held_out),
+        most_generations=learning.most_generations,
+        anchors=learning.anchors,
+        anchor_share=learning.anchor_share,
+    )
+    with Training(locate(recipe.model).name, lessons.images + lessons.anchors) as progress:
+        return learn(place, recipe.model, lessons, settings, progress.told, name)
+
+
+def teach(
+    store: str,
+    recipe: Recipe,
+    sources: list[str],
+    learning: Learning,
+    exam: ManifestRef | None,
+    name: str,
+    workers: Workers,
+) -> Learnt:
+    """`learn`, by one of the workers; where that one dies, another goes on. Call it inside a flow."""
+    held_out = exam.sha256 if exam else None
+    with open_pool(workers.model_copy(update={"workers": 1})) as pool:
+        for left in reversed(range(STARTS)):
+            pool.start(pool.idle[0], None, learn, store, recipe, sources, learning, held_out, name)
+            outcome = _wait(pool)
+            if not isinstance(outcome, BaseException):
+                return outcome
+            if not (isinstance(outcome, WorkerDied) and left):
+                raise outcome
+            log.warning("%s; the training goes on from its last checkpoint", outcome)
+    raise AssertionError  # the last start returned or raised
+
+
+def _wait(pool: Pool) -> Any:
+    try:
+        while (done := pool.next(LOOK_SECONDS)) is None:
+            pass
+    except BaseException:  # Ctrl-C, a cancelled run: nobody waits for the training any more
+        stop_training()
+        raise
+    return done.result
+
+
+def hold_out(
+    store: str, whole: ManifestRef, learning: Learning, exam: Exam, generation: Generation, scoring: Scoring
+) -> ManifestRef:
+    """The prompts the gate will ask, before anything is made: those of a manifest of their own, or a share. Raises ExamTooSmall."""
+    if learning.exam_manifest:
+        whole = steps.ingest(store, learning.exam_manifest, generation.model, scoring.judge, "fail")
+    return gate_steps.hold_out(store, whole, 1.0 if learning.exam_manifest else learning.held_out, exam)
+
+
+def learn_and_decide(
+    store: str,
+    released: ReleaseRef,
+    recipe: Recipe,
+    prompts: ManifestRef,
+    events: Events,
+    generation: Generation,
+    scoring: Scoring,
+    learning: Learning,
+    exam: Exam,
+    workers: Workers,
+) -> dict[str, Any]:
+    """Learn from the releases of a name up to this one, and let what was learnt challenge the champion on the exam's prompts.
+
+    Returns `learnt` (Learnt) and `duel` (`gate_steps.summary`); or `nothing`, why one or both are missing.
+    """
+    from tasks.adapters import resolve
+    from tasks.lessons import releases_of
+
+    place, name = Store(store), released.name
+    versions = [version for _, version in releases_of(place, name) if version <= released.version]
+    sources = [f"{name}@{version}" for version in versions[-learning.releases :]]
+    asked = prompts if learning.exam_manifest else None
+    found: dict[str, Any] = {}
+    try:
+        with events.step("learn", inputs=list(released.files)) as event:
+            found["learnt"] = learnt = teach(store, recipe, sources, learning, asked, name, workers)
+            event.outputs.append(layout.adapter_card(learnt.adapter))
+        with events.step("promote", inputs=[layout.adapter_card(learnt.adapter)]) as event:
+            challenger = resolve(learnt.adapter, place)
+            duel = decide(store, name, challenger, recipe, prompts, generation, scoring, exam, workers)
+            found["duel"] = duel
+            event.outputs += [duel["evidence"]] if "evidence" in duel else []
+    except (LessonError, Diverged, ChampionChanged) as error:
+        log.warning("%s", error)
+        found["nothing"] = str(error)
+    return found
