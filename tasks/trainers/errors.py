@@ -1,0 +1,11 @@
+"""What may go wrong in a training."""
+
+from tasks.errors import DarkroomError
+
+
+class TrainingError(DarkroomError):
+    """The model, the datasets and the settings do not go together."""
+
+
+class Diverged(TrainingError):
+    """The loss is no number any more, or far above where it began."""
