@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tasks.adapters import write_adapter
 from tasks.engines import Adapter
-from tasks.identity import digest
 from tasks.learn import MOST_REPEATS, LearningError, TooDeep, _anchored, read_lessons, releases_of
 from tasks.release import release
 from tasks.runs import RunNotFound
@@ -17,6 +17,7 @@ from tasks.select import Policy
 from tasks.store import Store, images, layout
 from tasks.trainers.pictures import Dataset, Picture, Subset
 from tests.synthetic_run import RECIPE, SyntheticRun, synthetic_run
+from tests.tasks.adapters.loras import facts, small_lora
 
 SIZE = (32, 32)
 
@@ -86,18 +87,14 @@ def test_an_image_is_taught_once_though_two_releases_hold_it(store: Store) -> No
     assert releases_of(store, "demo", latest=1) == [("demo", 2)]
 
 
-def card(store: Store, adapter: str, depth: int) -> Adapter:
-    """An adapter of the store, as deep as that; its weights do not matter here."""
-    from tests.tasks.adapters.cards import write_card
-
-    write_card(store, adapter, generation_depth=depth)
-    return Adapter("somewhere", adapter)
+def trained(store: Store, depth: int) -> Adapter:
+    """An adapter of the store, as deep as that."""
+    return Adapter("somewhere", write_adapter(store, small_lora(), facts(generation_depth=depth)))
 
 
 def test_depth_is_counted_through_the_adapters_and_capped(store: Store) -> None:
-    first = digest("first")
     released(store)
-    released(store, recipe=replace(RECIPE, adapters=(card(store, first, depth=1),)))
+    released(store, recipe=replace(RECIPE, adapters=(trained(store, depth=1),)))
     both = read_lessons(store, releases_of(store, "demo"), SIZE, 4)
     assert both.generation_depth == 2 and both.too_deep == 0
     capped = read_lessons(store, releases_of(store, "demo"), SIZE, 4, most_generations=1)
