@@ -10,7 +10,7 @@ import io
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -178,7 +178,7 @@ class _Work:
         if found := sum(len(rows) for rows in parts.values() if rows):
             progress(found)
         if missing:
-            engine, recipe = open_engine(), load_recipe(self.store, self.shard.recipe_id)
+            engine, recipe = open_engine(), self._recipe()
             wanted = [order for n in missing for order in batches[n] if order["candidate_id"] not in self.care.given_up]
             with self.clock.time("denoise"):
                 engine.prepare(sorted({(o["prompt"], o["negative_prompt"]) for o in wanted}), recipe.adapters)
@@ -216,13 +216,22 @@ class _Work:
             there = indexed.to_dicts()
             if not self._is_whole(number, there[0]["part_sha256"]):
                 engine = engine or open_engine(max(self.batch_size, *map(len, parts)))
-                again = self._make_again(there, engine, load_recipe(self.store, self.shard.recipe_id))
+                again = self._make_again(there, engine, self._recipe())
                 self._check_same(there, again)
                 self.store.delete(self._key(number))
                 there = self._put_part(number, again, again)
                 made += [row["candidate_id"] for row in there]
             rows += there
         return rows, made
+
+    def _recipe(self) -> Recipe:
+        """With its adapters where this process finds them."""
+        recipe = load_recipe(self.store, self.shard.recipe_id)
+        if not recipe.adapters:
+            return recipe
+        from tasks.adapters.resolving import at_hand
+
+        return replace(recipe, adapters=tuple(at_hand(adapter, self.store) for adapter in recipe.adapters))
 
     # --- parts -------------------------------------------------------------------------------------------------------
 

@@ -198,8 +198,13 @@ def _by_recipe(prompts: pl.DataFrame, defaults: Recipe) -> Iterator[tuple[Recipe
 
 
 def _describe(store: Store, recipe: Recipe) -> None:
-    """Put recipe.json: the recipe, with the name the first run to use it had for the model."""
-    store.create(layout.recipe(recipe.recipe_id), json.dumps(asdict(recipe), indent=1, ensure_ascii=False).encode())
+    """Put recipe.json: the recipe, with the name that the first run to use it had for the model.
+
+    Adapters are there where the latest run found them: workers load them from there.
+    """
+    key, data = layout.recipe(recipe.recipe_id), json.dumps(asdict(recipe), indent=1, ensure_ascii=False).encode()
+    if not store.create(key, data) and load_recipe(store, recipe.recipe_id).adapters != recipe.adapters:
+        store.write(key, data)
 
 
 def _expand(prompts: pl.DataFrame) -> Iterator[pl.DataFrame]:

@@ -69,6 +69,12 @@ def load_card(store: Store, digest: str) -> dict[str, Any]:
     return store.read_json(layout.adapter_card(digest))
 
 
+def stored(store: Store) -> list[str]:
+    """The digests of the store's adapters, ascending."""
+    keys = ((key, key.split("/")[1]) for key in store.list(layout.ADAPTERS))
+    return sorted(digest for key, digest in keys if key == layout.adapter_card(digest))
+
+
 def forms(adapter: Weights, facts: Facts) -> dict[str, bytes]:
     """The adapter's files by name, the diffusers form first."""
     from safetensors.torch import save

@@ -23,6 +23,7 @@ _BASES = {
 }
 _V2_WIDTH = 1024  # of the text that Stable Diffusion 2 attends to; 768 in version 1
 _PREDICTION = {"epsilon": "epsilon", "v_prediction": "v"}  # modelspec has no word for the others
+_PRECISION = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # Kohya's words for a training's
 # Kohya's name ← the trainer's
 _SETTINGS = {
     "ss_learning_rate": "learning_rate",
@@ -110,6 +111,8 @@ def _kohya(weights: Weights, facts: "Facts") -> dict[str, str]:
         "ss_datasets": facts.learned_from,
     }
     fields |= {name: facts.settings[own] for name, own in _SETTINGS.items() if facts.settings.get(own) is not None}
+    if "ss_mixed_precision" in fields:
+        fields["ss_mixed_precision"] = _PRECISION.get(fields["ss_mixed_precision"], fields["ss_mixed_precision"])
     if isinstance(weights, Lora):
         ranks = {module: weights.rank(module) for module in weights.modules}
         fields |= {"ss_network_dim": _commonest(ranks), "ss_network_alpha": _commonest(weights.alphas)}
@@ -119,7 +122,8 @@ def _kohya(weights: Weights, facts: "Facts") -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """As Kohya's tools write it: others ask whether `ss_v2` is "True"."""
+    return str(value) if isinstance(value, str | bool) else json.dumps(value, ensure_ascii=False)
 
 
 def _sshs(tensors: "Mapping[str, Any]", header: dict[str, str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from socket import gethostname
 from typing import TYPE_CHECKING, Any
 
 from tasks.adapters.errors import AdapterNotFound, NotAnAdapter, some
@@ -69,7 +70,10 @@ def adapter_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.exists():
-        raise AdapterNotFound(f"there is no file or folder {path.absolute()}; check the adapter's path")
+        raise AdapterNotFound(
+            f"there is no file or folder {path.absolute()} on {gethostname()}; check the adapter's path. Where the workers are other "
+            "machines, name a folder that all of them see, or a URL of an object store"
+        )
     for name in FILES:
         if (path / name).is_file():
             return path / name

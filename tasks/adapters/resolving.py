@@ -1,8 +1,10 @@
 """From what a person types (`style.safetensors=0.8`, `3f9a41c2`) to an adapter of a recipe, and from there to its weights."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
+from tasks.adapters.cards import stored
 from tasks.adapters.errors import AdapterError, AdapterNotFound, NotAnAdapter
 from tasks.adapters.reading import FILES, PICKLED, read_adapter
 from tasks.adapters.tensors import Embeddings, Weights
@@ -54,6 +56,17 @@ def load(source: str, digest: str | None = None) -> Weights:
     return weights
 
 
+def at_hand(adapter: Adapter, store: Store) -> Adapter:
+    """The same adapter, from this store where it has it: the place that a recipe recorded may be gone, or another machine's."""
+    return replace(adapter, source=_kept(store, adapter.digest)) if store.exists(layout.adapter_card(adapter.digest)) else adapter
+
+
+def _kept(store: Store, digest: str) -> str:
+    """Where a worker finds an adapter of the store."""
+    folder = layout.adapter(digest)
+    return store.path(folder) if store.uri(folder).startswith("file://") else store.uri(folder)
+
+
 def _weighted(named: str) -> tuple[str, float]:
     name, equals, text = named.rpartition("=")
     try:
@@ -83,7 +96,7 @@ def _source(name: str, store: Store | None) -> str:
         )
     if store is None:
         raise AdapterNotFound(f"adapter '{name}': there is no such file, and no store was named to look for the id in")
-    there = [key.split("/")[1] for key in store.list(layout.ADAPTERS) if key == layout.adapter_card(key.split("/")[1])]
+    there = stored(store)
     fitting = [digest for digest in there if digest.startswith(id)]
     if len(fitting) != 1:
         some = (
@@ -92,8 +105,7 @@ def _source(name: str, store: Store | None) -> str:
             else f" among its {len(there)}; check the store's address"
         )
         raise AdapterNotFound(f"adapter '{name}' is the beginning of {len(fitting) or 'no'} id in {store!r}{some}")
-    folder = layout.adapter(fitting[0])
-    return store.path(folder) if store.uri(folder).startswith("file://") else store.uri(folder)
+    return _kept(store, fitting[0])
 
 
 def _local(source: str) -> Path:

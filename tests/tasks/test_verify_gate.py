@@ -6,24 +6,24 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from tasks.adapters import write_adapter
 from tasks.champions import crown, roll_back, standing
 from tasks.duel import settle
 from tasks.store import Store, layout
 from tasks.verify import verify
 from tests.painted_duel import PaintedDuel, painted_duel
+from tests.tasks.adapters.loras import facts, small_lora
 
 
 @pytest.fixture
 def crowned(tmp_path: Path) -> PaintedDuel:
     """A champion by a decision, one by hand, a rollback, a night that was begun."""
     made = painted_duel(Store(tmp_path))
-    store, adapter = made.store, made.duel.challenger.adapters[0].digest
+    store, base = made.store, made.duel.champion.model_digest
     settle(store, made.duel, made.run)
-    for digest in (adapter, "2" * 32):
-        store.create(layout.adapter_card(digest), json.dumps({"base_digest": made.duel.champion.model_digest}).encode())
-    base = made.duel.champion.model_digest
-    crown(store, "demo", adapter, base_digest=base, why="better", evidence=made.duel.key)
-    crown(store, "demo", "2" * 32, base_digest=base, why="by hand")
+    first, second = (write_adapter(store, small_lora(alpha=alpha), facts(base_digest=base)) for alpha in (1, 2))
+    crown(store, "demo", first, base_digest=base, why="better", evidence=made.duel.key)
+    crown(store, "demo", second, base_digest=base, why="by hand")
     roll_back(store, "demo")
     standing(store, "demo", "2026-11-25")
     return made
@@ -31,6 +31,11 @@ def crowned(tmp_path: Path) -> PaintedDuel:
 
 def snapshot(number: int) -> str:
     return f"champions/demo/_snapshots/{number:020d}.json"
+
+
+def second(store: Store) -> str:
+    """The adapter of the champion that was set by hand."""
+    return store.read_json(snapshot(2))["adapter"]
 
 
 def changed(store: Store, key: str, **changes) -> None:
@@ -76,14 +81,14 @@ def a_champion_follows_on_another(made: PaintedDuel) -> str:
 
 @damage
 def an_adapter_is_lost(made: PaintedDuel) -> str:
-    key = layout.adapter_card("2" * 32)
+    key = layout.adapter_card(second(made.store))
     made.store.delete(key)
     return key
 
 
 @damage
 def an_adapter_is_of_another_model(made: PaintedDuel) -> str:
-    made.store.write(layout.adapter_card("2" * 32), b'{"base_digest": "other"}')
+    changed(made.store, layout.adapter_card(second(made.store)), base_digest="other")
     return snapshot(2)
 
 
