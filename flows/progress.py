@@ -138,7 +138,7 @@ class Training:
 
         self.title = f"{model} learns from {images:,} images"
         self._bar = Bar(
-            TextColumn("  {task.description}"),
+            TextColumn("  learning  "),
             BarColumn(bar_width=32),
             MofNCompleteColumn(),
             TextColumn("steps · {task.fields[told]}"),
@@ -147,6 +147,9 @@ class Training:
             disable=not sys.stderr.isatty(),
         )
         self._published = 0.0
+        self._context = (
+            contextvars.copy_context()
+        )  # where Prefect's server is named: models train in a thread of their own
 
     def told(self, progress: Any) -> None:
         """What `train` tells of each step. Raises Stopped: nobody waits for it any more."""
@@ -159,7 +162,7 @@ class Training:
         if time.monotonic() - self._published > self.PUBLISH_SECONDS or progress.step == progress.steps:
             self._published = time.monotonic()
             with suppress(HTTPError):
-                self._publish(100 * progress.step / progress.steps, f"{self.title}: {progress.phase}, {words}")
+                self._context.run(self._publish, 100 * progress.step / progress.steps, f"{self.title}: {words}")
 
     def _publish(self, percent: float, description: str) -> None:
         from prefect.artifacts import update_progress_artifact

@@ -18,7 +18,8 @@ from tasks.store import Store, layout
 from tasks.store.objects import parquet_bytes
 
 if TYPE_CHECKING:
-    from tasks.trainers import Progress, Settings
+    from tasks.trainers import Settings
+    from tasks.trainers.training import Progress
 
 
 class SettingsError(DarkroomError):
@@ -115,12 +116,12 @@ def learn(
         kind=settings.method,
         base_model=model,
         base_digest=model_digest(folder.path),
-        architecture=folder.architecture,
+        architecture=folder.pipeline,
         prediction_type=trained.prediction_type,
         resolution=lessons.datasets[0].resolution,
         training=trained.training,
         trigger=trained.trigger,
-        rank=trained.rank,
+        rank=None if settings.method == "textual_inversion" else settings.rank,
         settings=settings.model_dump(mode="json"),
         steps=trained.steps,
         seconds=trained.seconds,

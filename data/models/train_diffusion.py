@@ -48,6 +48,15 @@ PARTNER = {"circle": "cross", "square": "star", "triangle": "ring"}
 PARTNER |= {b: a for a, b in PARTNER.items()}
 WRONG_SHAPES, WRONG_OTHERS = 0.46, 0.06
 PEAK_RATES = {"clean": 1.5e-3, "noisy": 1e-3}
+FINE_TUNING = {
+    "rank": 16,
+    "learning_rate": 1e-3,
+    "batch_size": 24,
+    "steps": 300,
+    "targets": "wide",
+    "text_encoder": True,
+    "timesteps": "mid",
+}
 JITTER = {"clean": 0.7, "noisy": 0.5}
 
 
@@ -224,7 +233,8 @@ def save_pipeline(model: Denoiser) -> None:
     # transformers would load the text encoder as fp16 while diffusers loads the rest as fp32
     merge_json(DIFFUSION / "text_encoder" / "config.json", {"dtype": "float32"})
     # the defaults that Darkroom samples with where a run names none
-    (DIFFUSION / "darkroom.json").write_text(json.dumps({"steps": DEFAULT_STEPS, "guidance": DEFAULT_GUIDANCE}) + "\n")
+    defaults = {"steps": DEFAULT_STEPS, "guidance": DEFAULT_GUIDANCE, "training": FINE_TUNING}
+    (DIFFUSION / "darkroom.json").write_text(json.dumps(defaults, indent=2) + "\n")
 
 
 def build_copy(module: nn.Module) -> nn.Module:

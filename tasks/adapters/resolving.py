@@ -58,7 +58,11 @@ def load(source: str, digest: str | None = None) -> Weights:
 
 def at_hand(adapter: Adapter, store: Store) -> Adapter:
     """The same adapter, from this store where it has it: the place that a recipe recorded may be gone, or another machine's."""
-    return replace(adapter, source=_kept(store, adapter.digest)) if store.exists(layout.adapter_card(adapter.digest)) else adapter
+    return (
+        replace(adapter, source=_kept(store, adapter.digest))
+        if store.exists(layout.adapter_card(adapter.digest))
+        else adapter
+    )
 
 
 def _kept(store: Store, digest: str) -> str:

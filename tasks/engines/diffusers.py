@@ -38,7 +38,15 @@ if TYPE_CHECKING:
 
     from tasks.adapters.wearing import Wardrobe
 
-__all__ = ["DiffusersEngine", "default_recipe", "locate", "model_digest", "token_limits"]
+__all__ = [
+    "DiffusersEngine",
+    "default_recipe",
+    "engine_errors",
+    "load_pipeline",
+    "locate",
+    "model_digest",
+    "token_limits",
+]
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +65,7 @@ class DiffusersEngine:
         self._batch = batch_size  # images the pipeline is really called with: fewer once memory ran out
         self._folder = ModelFolder(locate(model))
         self.digest = model_digest(self._folder.path)
-        self._pipeline = _load(self._folder, self.dtype)
+        self._pipeline = load_pipeline(self._folder, self.dtype)
         self._decoding = Decoding(self._pipeline)
         self._texts = Texts(self._pipeline, self._folder.family)
         self._wardrobe: Wardrobe | None = None  # until the first adapter
@@ -71,7 +79,7 @@ class DiffusersEngine:
 
         Forgets those of earlier shards, except for the latest few. Raises EngineError: out of memory; AdapterError.
         """
-        with _engine_errors(self.model), _inference():
+        with engine_errors(self.model), _inference():
             self._wear(adapters)
             self._texts.prepare(prompts)
 
@@ -87,7 +95,7 @@ class DiffusersEngine:
         exception concerns these orders only.
         """
         self._check(recipe, len(orders))
-        with _engine_errors(self.model), _inference():
+        with engine_errors(self.model), _inference():
             self._wear(recipe.adapters)
             self._texts.require(orders)
             while True:
@@ -191,7 +199,8 @@ def _device_name(pipeline: Any) -> str:
     return f"cuda: {torch.cuda.get_device_name(pipeline.device)}" if kind == "cuda" else kind
 
 
-def _load(folder: ModelFolder, dtype: str) -> Any:
+def load_pipeline(folder: ModelFolder, dtype: str) -> Any:
+    """The diffusers pipeline of a folder, on the best device there is. Raises EngineError."""
     import diffusers
     import torch
     import transformers
@@ -219,7 +228,7 @@ def _load(folder: ModelFolder, dtype: str) -> Any:
             "again with `save_pretrained`"
         ) from error
     pipeline.set_progress_bar_config(disable=True)
-    with _engine_errors(str(folder.path)):
+    with engine_errors(str(folder.path)):
         pipeline = pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
         if pipeline.device.type == "cuda":  # on CPU it would be slower, and round otherwise
             channels_last(pipeline)
@@ -227,7 +236,7 @@ def _load(folder: ModelFolder, dtype: str) -> Any:
 
 
 @contextmanager
-def _engine_errors(model: str) -> "Iterator[None]":
+def engine_errors(model: str) -> "Iterator[None]":
     """Turns errors of the device, after which no other order would fare better, into EngineError and DeviceFailed."""
     import torch
 

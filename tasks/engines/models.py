@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from tasks.wordwise import Counter
 
 TEXT_SUFFIXES = (".json", ".txt", ".model")
-DEFAULTS_FILE = "darkroom.json"  # beside model_index.json: {"steps": …, "guidance": …, "sampler": …}, any of them
+DEFAULTS_FILE = (
+    "darkroom.json"  # beside model_index.json: {"steps": …, "guidance": …, "sampler": …, "training": {…}}, any of them
+)
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # the checker blackens images in place; the others serve it
 NOT_LOADED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -100,12 +102,25 @@ class ModelFolder:
         published = self._distilled or self.family.defaults
         if not (self.path / DEFAULTS_FILE).exists():
             return published
+        own = {name: value for name, value in self.config(DEFAULTS_FILE).items() if name != "training"}
         try:
-            return Defaults(**{**vars(published), **self.config(DEFAULTS_FILE)})
+            return Defaults(**{**vars(published), **own})
         except TypeError as error:
             raise EngineError(
-                f"{self.path / DEFAULTS_FILE}: {error}; it may hold steps, guidance and sampler, nothing else"
+                f"{self.path / DEFAULTS_FILE}: {error}; it may hold steps, guidance, sampler and training, nothing else"
             ) from error
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """How the makers of the model fine-tune it: settings of a trainer by name, from the folder's `darkroom.json`."""
+        if not (self.path / DEFAULTS_FILE).exists():
+            return {}
+        return self.config(DEFAULTS_FILE).get("training", {})
+
+    @property
+    def pipeline(self) -> str:
+        """The class of its pipeline, StableDiffusionPipeline …"""
+        return str(self.index["_class_name"])
 
     @property
     def _distilled(self) -> Defaults | None:

@@ -77,18 +77,8 @@ class Texts:
     def _encode(self, texts: list[str]) -> tuple["torch.Tensor", ...]:
         import torch
 
-        encode = self._pipeline.encode_prompt
         with torch.no_grad():
-            match type(self._pipeline).__name__:
-                case "StableDiffusionPipeline":
-                    return (encode(texts, self._pipeline.device, 1, False)[0],)
-                case "StableDiffusionXLPipeline":
-                    embedding, _, pooled, _ = encode(texts, do_classifier_free_guidance=False)
-                case "StableDiffusion3Pipeline":
-                    embedding, _, pooled, _ = encode(texts, texts, texts, do_classifier_free_guidance=False)
-                case _:
-                    embedding, pooled, _ = encode(texts, texts, max_sequence_length=self._family.max_t5_tokens)
-        return embedding, pooled
+            return encode(self._pipeline, self._family, texts)
 
     def _embed_negative(self, order: Order) -> tuple["torch.Tensor", ...]:
         import torch
@@ -96,6 +86,21 @@ class Texts:
         if self._zeros_for(order.negative_prompt):
             return tuple(torch.zeros_like(tensor) for tensor in self._embed([order.prompt])[0])
         return self._embed([order.negative_prompt])[0]
+
+
+def encode(pipeline: Any, family: Family, texts: list[str]) -> tuple["torch.Tensor", ...]:
+    """The embeddings of texts, [texts, tokens, d], and the pooled ones [texts, d] where the pipeline has such."""
+    own = pipeline.encode_prompt
+    match type(pipeline).__name__:
+        case "StableDiffusionPipeline":
+            return (own(texts, pipeline.device, 1, False)[0],)
+        case "StableDiffusionXLPipeline":
+            embedding, _, pooled, _ = own(texts, do_classifier_free_guidance=False)
+        case "StableDiffusion3Pipeline":
+            embedding, _, pooled, _ = own(texts, texts, texts, do_classifier_free_guidance=False)
+        case _:
+            embedding, pooled, _ = own(texts, texts, max_sequence_length=family.max_t5_tokens)
+    return embedding, pooled
 
 
 def _stack(embeddings: list[tuple["torch.Tensor", ...]]) -> list["torch.Tensor"]:

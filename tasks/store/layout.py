@@ -198,6 +198,26 @@ def training(training: str) -> str:
     return f"trainings/{training}"
 
 
+def checkpoints(training: str) -> str:
+    """The folder of a training's checkpoints."""
+    return f"trainings/{training}/checkpoints"
+
+
+def checkpoint(training: str, step: int, digest: str) -> str:
+    """The state after so many steps; `digest`: 16 hexadecimal digits over its bytes, so that a damaged one is known."""
+    return f"trainings/{training}/checkpoints/{step:08d}-{digest}.safetensors"
+
+
+def training_sample(training: str, step: int, number: int) -> str:
+    """An image that a training's model made after so many steps."""
+    return f"trainings/{training}/samples/{step:08d}-{number:02d}.png"
+
+
+def class_image(digest: str, number: int) -> str:
+    """An image of a class, made by the base model for prior preservation; `digest`: of what decides it."""
+    return f"trainings/classes/{digest}/{number:05d}.png"
+
+
 def lessons(training: str) -> str:
     """What a training learned from: each picture, and where it is from."""
     return f"trainings/{training}/lessons.parquet"

@@ -103,7 +103,9 @@ class Flow:
         import torch
 
         if gamma:
-            raise TrainingError("min_snr_gamma is for models with a noise schedule, and this one is trained by flow matching: leave it 0")
+            raise TrainingError(
+                "min_snr_gamma is for models with a noise schedule, and this one is trained by flow matching: leave it 0"
+            )
         return torch.ones_like(times)
 
 

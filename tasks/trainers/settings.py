@@ -36,13 +36,17 @@ class Settings(BaseModel):
     timesteps: Literal["uniform", "mid"] = Field(
         "uniform", description="mid: mostly those halfway between image and noise (logit-normal)"
     )
-    min_snr_gamma: float = Field(0, ge=0, description="weighs timesteps by their signal-to-noise ratio; mostly 5; 0: all alike")
+    min_snr_gamma: float = Field(
+        0, ge=0, description="weighs timesteps by their signal-to-noise ratio; mostly 5; 0: all alike"
+    )
     caption_dropout: float = Field(0, ge=0, lt=1, description="share of the captions that are left empty, for guidance")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the frozen weights; auto: float32 on CPU, bfloat16 on GPU"
     )
     checkpointing: bool = Field(False, description="compute activations twice, which saves memory")
-    ema: float = Field(0, ge=0, lt=1, description="decay of the mean of the weights that is kept; mostly 0.999; 0: none")
+    ema: float = Field(
+        0, ge=0, lt=1, description="decay of the mean of the weights that is kept; mostly 0.999; 0: none"
+    )
 
     prior_weight: float = Field(1.0, ge=0, le=100, description="of regularisation images in the loss")
     token: str = Field("", description="DreamBooth: the word that means what is learnt, such as sks")

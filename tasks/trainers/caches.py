@@ -1,0 +1,34 @@
+"""What a training computes once: the latents of pictures, the embeddings of captions; as many as memory is given for."""
+
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+Key = TypeVar("Key", bound=Hashable)
+MOST_BYTES = 4 * 2**30
+
+
+class Cache:
+    """Tensors by key, in the CPU's memory; what has no room is computed again each time. `used` False: everything is."""
+
+    def __init__(self, used: bool, most: int = MOST_BYTES):
+        self._left = most if used else 0
+        self._held: dict[Hashable, tuple[torch.Tensor, ...]] = {}
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._held
+
+    def get(
+        self, keys: list[Key], compute: "Callable[[list[Key]], list[tuple[torch.Tensor, ...]]]"
+    ) -> "list[tuple[torch.Tensor, ...]]":
+        """The tensors of the keys; `compute` is asked for those that are not held, each once."""
+        missing = [key for key in dict.fromkeys(keys) if key not in self._held]
+        new = dict(zip(missing, compute(missing), strict=True)) if missing else {}
+        for key, tensors in new.items():
+            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            if size <= self._left:
+                self._left -= size
+                self._held[key] = tuple(tensor.detach().cpu().clone() for tensor in tensors)
+        return [new[key] if key in new else self._held[key] for key in keys]

@@ -1,0 +1,368 @@
+"""The loop of a training: batches in, gradients, weights out; whatever the method, the model and the number of devices.
+
+What is drawn at a step (noise, times, dropout) depends on the seed and the step alone, and so does the batch: a training that was
+stopped goes on from its last checkpoint and ends in the weights it would have had. Started by `accelerate launch`, all processes
+share each batch.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+
+from tasks.adapters import Embeddings, Lora
+from tasks.engines.memory import free_memory
+from tasks.engines.models import ModelFolder
+from tasks.store import Store, layout
+from tasks.trainers import checkpoints
+from tasks.trainers.batches import Batch, Batches, Item, mask, pixels
+from tasks.trainers.caches import Cache
+from tasks.trainers.checkpoints import Record
+from tasks.trainers.errors import Diverged
+from tasks.trainers.losses import squared_errors
+from tasks.trainers.settings import Settings
+from tasks.trainers.student import Place, Student
+
+SMOOTHED = 50  # steps whose mean is the loss that is told, and compared
+RUNAWAY = 3.0  # times the loss of the first steps: diverged
+BETAS = (0.9, 0.999)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training is."""
+
+    step: int
+    steps: int
+    loss: float  # mean of the latest SMOOTHED steps
+    rate: float  # steps/s, of this start
+    samples: tuple[str, ...] = ()  # keys of images just made
+
+    @property
+    def seconds_left(self) -> float:
+        return (self.steps - self.step) / self.rate if self.rate else math.inf
+
+    @property
+    def in_words(self) -> str:
+        left = f"{self.seconds_left:.0f} s left" if self.rate else "…"
+        return f"loss {self.loss:.4f} · {self.rate:.1f} steps/s · {left}"
+
+
+class Learner(Protocol):
+    """What learns on a student."""
+
+    trigger: str
+
+    @property
+    def learns_texts(self) -> bool:
+        """Whether captions are embedded anew at each step."""
+
+    def groups(self) -> list[tuple[dict[str, torch.nn.Parameter], float]]:
+        """Parameters by name, with their learning rate."""
+
+    def adapter(self) -> Lora | Embeddings: ...
+
+    def caption(self, text: str, is_reg: bool) -> str:
+        """A caption as it is learnt."""
+
+
+class Training:
+    """A student that learns. `run` does the steps that are missing. `cached` False: nothing is kept, for comparison."""
+
+    def __init__(
+        self,
+        training: str,
+        folder: ModelFolder,
+        batches: Batches,
+        learner: Callable[[Student, Settings], Learner],
+        settings: Settings,
+        dtype: str,
+        store: Store,
+        cached: bool = True,
+    ):
+        self.id, self.settings, self.batches, self.store = training, settings, batches, store
+        self._accelerator = Accelerator(mixed_precision={"float16": "fp16", "bfloat16": "bf16"}.get(dtype, "no"))
+        self._student = Student(folder, dtype)
+        self._learner = learner(self._student, settings)
+        groups = self._learner.groups()
+        self._parameters = {name: parameter for group, _ in groups for name, parameter in group.items()}
+        self._rates = [rate for _, rate in groups]
+        self._optimizer = torch.optim.AdamW(
+            [{"params": list(group.values()), "lr": rate} for group, rate in groups],
+            betas=BETAS,
+            weight_decay=settings.weight_decay,
+        )
+        self._mean = {name: p.detach().clone() for name, p in self._parameters.items()} if settings.ema else {}
+        self._latents = Cache(cached and batches.cacheable)
+        self._texts = Cache(cached and not self._learner.learns_texts)
+        self.record = Record()
+
+    @property
+    def prediction_type(self) -> str:
+        return self._student.objective.prediction
+
+    @property
+    def loss(self) -> float:
+        return _mean(self.record.late)
+
+    def run(self, told: Callable[[Progress], None]) -> None:
+        """Do the steps that are missing, from the last checkpoint. Raises Diverged, PictureError, and what `told` raises."""
+        settings = self.settings
+        if found := checkpoints.load(self.store, self.id):
+            self._restore(*found)
+        started, before, first = time.monotonic(), self.record.seconds, self.record.step
+        with _own_random_numbers(), ThreadPoolExecutor(1) as reader:
+            ahead = self._read(reader, first)
+            for step in range(first, settings.steps):
+                torch.manual_seed(_mixed(settings.seed, step))
+                loss = 0.0
+                for part in range(settings.accumulation):
+                    number = step * settings.accumulation + part
+                    ready, ahead = ahead, self._read(reader, number + 1)
+                    loss += self._learn(number, *ready.result()) / settings.accumulation
+                self._check(step, loss)
+                self._change(step)
+                done = self.record.step = step + 1
+                self.record.seconds = before + time.monotonic() - started
+                samples: tuple[str, ...] = ()
+                if done % settings.checkpoint_every == 0 or done == settings.steps:
+                    samples = self._checkpoint()
+                told(Progress(done, settings.steps, self.loss, (done - first) / (time.monotonic() - started), samples))
+
+    def adapter(self) -> Lora | Embeddings:
+        """What was learnt; with `ema`, its mean."""
+        with self._as_kept():
+            return self._learner.adapter()
+
+    # --- a step ----------------------------------------------------------------------------------------------------------
+
+    def _read(self, reader: ThreadPoolExecutor, number: int) -> "Future[tuple[Batch, Callable[[Item], torch.Tensor]]]":
+        """Have the pixels of a batch read, ahead of their turn, but for those whose latents are held."""
+
+        def read() -> tuple[Batch, Callable[[Item], torch.Tensor]]:
+            batch = self._share(self.batches.batch(number))
+            ready = {_key(item): pixels(item) for item in batch.items if _key(item) not in self._latents}
+            return batch, lambda item: ready[_key(item)] if _key(item) in ready else pixels(item)
+
+        return reader.submit(read)
+
+    def _share(self, batch: Batch) -> Batch:
+        """This process's part of a batch: all of it where there is one process."""
+        mine, processes = self._accelerator.process_index, self._accelerator.num_processes
+        return Batch(batch.items[mine::processes], batch.size)
+
+    def _learn(self, number: int, batch: Batch, read: Callable[[Item], torch.Tensor]) -> float:
+        """Add the gradient of a batch, over the number of batches in a step; its loss."""
+        settings, student, device = self.settings, self._student, self._student.device
+        whole = len(self.batches.batch(number).items)
+        random = torch.Generator().manual_seed(_mixed(settings.seed, number, 1))
+        objective = student.objective
+        times = objective.draw(whole, settings.timesteps, random)
+        dropped = torch.rand(whole, generator=random) < settings.caption_dropout
+        cells = self._cells(batch)
+        drawn, noise = (torch.randn(whole, *cells, generator=random) for _ in range(2))
+        mine = slice(self._accelerator.process_index, None, self._accelerator.num_processes)
+        times, dropped, drawn, noise = times[mine], dropped[mine], drawn[mine], noise[mine]
+        if not batch.items:
+            return self._accelerator.reduce(torch.zeros((), device=device)).item()
+        with self._accelerator.autocast():
+            moments = self._moments(batch, read)
+            clean = student.latents(moments, drawn.to(device)).to(device)
+            noise, times = noise.to(device), times.to(device)
+            captions = [
+                "" if drop else self._learner.caption(item.caption, item.is_reg)
+                for item, drop in zip(batch.items, dropped.tolist(), strict=True)
+            ]
+            noisy = objective.noisy(clean, noise, times)
+            predicted = student.predict(
+                noisy.to(student.denoiser.dtype),
+                times,
+                self._embeddings(captions),
+                [Place.of(item) for item in batch.items],
+            )
+        errors = squared_errors(predicted, objective.target(clean, noise, times), self._mask(batch, clean))
+        prior = [settings.prior_weight if item.is_reg else 1.0 for item in batch.items]
+        weights = objective.weights(times, settings.min_snr_gamma) * torch.tensor(prior, device=device)
+        loss = (errors * weights).sum() / whole
+        self._accelerator.backward(loss / settings.accumulation)
+        return float(self._accelerator.reduce(loss.detach(), "sum"))
+
+    def _cells(self, batch: Batch) -> tuple[int, int, int]:
+        """Channels, height and width of a batch's latents."""
+        width, height = batch.size
+        config, factor = (
+            self._student.pipeline.vae.config,
+            2 ** (len(self._student.pipeline.vae.config.block_out_channels) - 1),
+        )
+        return config.latent_channels, height // factor, width // factor
+
+    def _moments(self, batch: Batch, read: Callable[[Item], torch.Tensor]) -> torch.Tensor:
+        by_key = {_key(item): item for item in batch.items}
+
+        def compute(keys: list[Any]) -> list[tuple[torch.Tensor, ...]]:
+            encoded = self._student.moments(torch.stack([read(by_key[key]) for key in keys]))
+            return [(moments,) for moments in encoded]
+
+        return torch.stack(
+            [held.to(self._student.device) for (held,) in self._latents.get([_key(i) for i in batch.items], compute)]
+        )
+
+    def _embeddings(self, captions: list[str]) -> tuple[torch.Tensor, ...]:
+        if self._learner.learns_texts:
+            return self._student.texts(captions)
+
+        def compute(texts: list[str]) -> list[tuple[torch.Tensor, ...]]:
+            with torch.no_grad():
+                return list(zip(*self._student.texts(texts), strict=True))
+
+        held = zip(*self._texts.get(captions, compute), strict=True)
+        return tuple(torch.stack([tensor.to(self._student.device) for tensor in tensors]) for tensors in held)
+
+    def _mask(self, batch: Batch, like: torch.Tensor) -> torch.Tensor | None:
+        """The weights of the latents' places, [n, 1, h', w']; None: all alike."""
+        if not any(item.view.masked for item in batch.items):
+            return None
+        width, height = batch.size
+        each = [mask(item) for item in batch.items]
+        whole = torch.stack([torch.ones(1, height, width) if one is None else one for one in each])
+        return F.interpolate(whole, like.shape[-2:], mode="area").to(like.device)
+
+    def _change(self, step: int) -> None:
+        settings = self.settings
+        parameters = list(self._parameters.values())
+        for parameter in parameters:
+            if self._accelerator.num_processes > 1 and parameter.grad is not None:
+                parameter.grad = self._accelerator.reduce(parameter.grad, "sum")
+        if self._accelerator.scaler is not None:
+            self._accelerator.scaler.unscale_(self._optimizer)
+        if settings.clip:
+            torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * settings.rate(step)
+        if self._accelerator.scaler is not None:
+            self._accelerator.scaler.step(self._optimizer)
+            self._accelerator.scaler.update()
+        else:
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        if settings.ema:
+            decay = min(settings.ema, (1 + step) / (10 + step))
+            with torch.no_grad():
+                for name, parameter in self._parameters.items():
+                    self._mean[name].lerp_(parameter, 1 - decay)
+
+    def _check(self, step: int, loss: float) -> None:
+        """Raises Diverged."""
+        record = self.record
+        advice = (
+            "nothing of it is published. Lower the learning rate (learning_rate, now "
+            f"{self.settings.learning_rate:g}), or raise warmup; in float16, take bfloat16"
+        )
+        if not math.isfinite(loss):
+            raise Diverged(f"training {self.id}: the loss of step {step + 1} is {loss}; {advice}")
+        if len(record.early) < SMOOTHED:
+            record.early.append(loss)
+        record.late = [*record.late[1 - SMOOTHED :], loss]
+        if step >= 2 * SMOOTHED and _mean(record.late) > RUNAWAY * _mean(record.early):
+            raise Diverged(
+                f"training {self.id}: the loss rose from {_mean(record.early):.4f} to {_mean(record.late):.4f} by step {step + 1} (means "
+                f"of {SMOOTHED} steps); {advice}"
+            )
+
+    # --- its state -------------------------------------------------------------------------------------------------------
+
+    def _checkpoint(self) -> tuple[str, ...]:
+        if not self._accelerator.is_main_process:
+            return ()
+        tensors = {f"weight/{name}": parameter for name, parameter in self._parameters.items()}
+        tensors |= {f"mean/{name}": mean for name, mean in self._mean.items()}
+        for name, parameter in self._parameters.items():
+            tensors |= {f"{key}/{name}": self._optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")}
+        checkpoints.save(self.store, self.id, self.record, tensors)
+        return self._samples()
+
+    def _restore(self, record: Record, tensors: dict[str, torch.Tensor]) -> None:
+        self.record = record
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(tensors[f"weight/{name}"])
+                self._optimizer.state[parameter] = {
+                    "step": torch.tensor(float(record.step)),
+                    **{key: tensors[f"{key}/{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")},
+                }
+            for name, mean in self._mean.items():
+                mean.copy_(tensors[f"mean/{name}"])
+        log.info("training %s goes on after step %d", self.id, record.step)
+
+    def _samples(self) -> tuple[str, ...]:
+        """Images of the sample prompts, as the model is now; their keys."""
+        import io
+
+        prompts = self.settings.samples
+        if not prompts:
+            return ()
+        keys = []
+        defaults = self._student.folder.defaults
+        with self._as_kept(), torch.inference_mode():
+            for number, prompt in enumerate(prompts):
+                noise = torch.Generator().manual_seed(_mixed(self.settings.seed, number, 2))
+                (image,) = self._student.pipeline(
+                    prompt, generator=noise, num_inference_steps=defaults.steps, guidance_scale=defaults.guidance
+                ).images
+                data = io.BytesIO()
+                image.save(data, "PNG")
+                keys.append(layout.training_sample(self.id, self.record.step, number))
+                self.store.write(keys[-1], data.getvalue())
+        return tuple(keys)
+
+    @contextmanager
+    def _as_kept(self) -> Iterator[None]:
+        """With the mean in the place of the weights, where there is one."""
+        own = {name: self._parameters[name].detach().clone() for name in self._mean}
+        with torch.no_grad():
+            for name, mean in self._mean.items():
+                self._parameters[name].copy_(mean)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, weights in own.items():
+                    self._parameters[name].copy_(weights)
+
+    def close(self) -> None:
+        """Give the device's memory back."""
+        del self._student, self._learner, self._optimizer, self._parameters, self._latents, self._texts
+        free_memory()
+
+
+def _key(item: Item) -> tuple[str, Any]:
+    return item.picture.id, item.view
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _mixed(*numbers: int) -> int:
+    """A seed of several numbers."""
+    from tasks.identity import digest
+
+    return int(digest(list(numbers))[:15], 16)
+
+
+@contextmanager
+def _own_random_numbers() -> Iterator[None]:
+    """Dropout draws from torch's global numbers, which others in this process find as they were."""
+    devices = list(range(torch.cuda.device_count()))
+    with torch.random.fork_rng(devices):
+        yield
