@@ -102,7 +102,8 @@ def _add_duel(rows: Rows, duel: dict[str, Any]) -> None:
     """Who is champion now, and why."""
     from rich.markup import escape
 
-    crowned, name = duel.get("crowned"), escape(duel["name"])
+    crowned: Any = duel.get("crowned")
+    name = escape(duel["name"])
     if duel["already"]:
         rows.add("champion", f"[bold]it is champion {crowned.version} of {name} already[/], since {crowned.since}")
     elif crowned:

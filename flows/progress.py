@@ -156,9 +156,7 @@ class Training:
         if _stopped.is_set():
             raise Stopped("the run ended while its model learned; the training's checkpoints are kept")
         words = progress.in_words
-        self._bar.update(
-            self._task, description=progress.phase, total=progress.steps, completed=progress.step, told=words
-        )
+        self._bar.update(self._task, total=progress.steps, completed=progress.step, told=words)
         if time.monotonic() - self._published > self.PUBLISH_SECONDS or progress.step == progress.steps:
             self._published = time.monotonic()
             with suppress(HTTPError):

@@ -21,6 +21,7 @@ from tasks import identity, tables
 from tasks.engines import Recipe
 from tasks.errors import DarkroomError
 from tasks.references import ManifestRef, PlanRef, ShardRef
+from tasks.runs import load_recipe
 from tasks.selection import Policy, check_quotas
 from tasks.store import AT_ONCE, Missing, Store, layout
 from tasks.store.objects import parquet_bytes

@@ -52,7 +52,8 @@ class LoraLearner:
 
     def groups(self) -> list[tuple[dict[str, torch.nn.Parameter], float]]:
         """The parameters by name, and their learning rates: the denoiser's, the text encoders'."""
-        denoiser, texts = {}, {}
+        denoiser: dict[str, torch.nn.Parameter] = {}
+        texts: dict[str, torch.nn.Parameter] = {}
         for module, layer in self.layers.items():
             place = texts if module.startswith("text_encoder") else denoiser
             place[f"{module}.lora_A.weight"] = layer.lora_A[NAME].weight

@@ -18,7 +18,9 @@ Timesteps = Literal["uniform", "mid"]
 class Objective(Protocol):
     """How a model was trained, and so is trained on."""
 
-    prediction: str  # epsilon, v_prediction or flow_prediction
+    @property
+    def prediction(self) -> str:
+        """epsilon, v_prediction or flow_prediction"""
 
     def draw(self, n: int, how: Timesteps, random: "torch.Generator") -> "torch.Tensor":
         """The times of n images: what the denoiser is told, [n]."""

@@ -90,6 +90,7 @@ class _Grown(torch.nn.Module):
     def __init__(self, table: torch.nn.Embedding, rows: torch.nn.Parameter, ids: list[int]):
         super().__init__()
         self.table, self.rows = table, rows
+        self.ids: torch.Tensor
         self.register_buffer("ids", torch.tensor(ids, device=table.weight.device), persistent=False)
 
     @property
@@ -97,6 +98,6 @@ class _Grown(torch.nn.Module):
         return self.table.weight
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        is_new = tokens[..., None] == self.ids  # [n, tokens, rows]
+        is_new = torch.eq(tokens[..., None], self.ids)  # [n, tokens, rows]
         old = self.table(tokens.masked_fill(is_new.any(-1), 0))
         return torch.where(is_new.any(-1, keepdim=True), is_new.to(old.dtype) @ self.rows.to(old.dtype), old)

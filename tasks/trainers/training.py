@@ -101,6 +101,7 @@ class Training:
             [{"params": list(group.values()), "lr": rate} for group, rate in groups],
             betas=BETAS,
             weight_decay=settings.weight_decay,
+            fused=True,
         )
         self._mean = {name: p.detach().clone() for name, p in self._parameters.items()} if settings.ema else {}
         self._latents = Cache(cached and batches.cacheable)
@@ -110,6 +111,10 @@ class Training:
     @property
     def prediction_type(self) -> str:
         return self._student.objective.prediction
+
+    @property
+    def trigger(self) -> str:
+        return self._learner.trigger
 
     @property
     def loss(self) -> float:
@@ -284,7 +289,7 @@ class Training:
     def _checkpoint(self) -> tuple[str, ...]:
         if not self._accelerator.is_main_process:
             return ()
-        tensors = {f"weight/{name}": parameter for name, parameter in self._parameters.items()}
+        tensors: dict[str, torch.Tensor] = {f"weight/{name}": parameter for name, parameter in self._parameters.items()}
         tensors |= {f"mean/{name}": mean for name, mean in self._mean.items()}
         for name, parameter in self._parameters.items():
             tensors |= {f"{key}/{name}": self._optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")}
@@ -297,7 +302,7 @@ class Training:
             for name, parameter in self._parameters.items():
                 parameter.copy_(tensors[f"weight/{name}"])
                 self._optimizer.state[parameter] = {
-                    "step": torch.tensor(float(record.step)),
+                    "step": torch.tensor(float(record.step), device=parameter.device),
                     **{key: tensors[f"{key}/{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")},
                 }
             for name, mean in self._mean.items():
