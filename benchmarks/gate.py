@@ -16,7 +16,6 @@ sys.path.pop(0)  # this folder, where the standard library would find our select
 
 import argparse
 import json
-import os
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,8 +25,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
-
+from flows.cli.shared import quiet_prefect
 from tasks import tables
 from tasks.duel_rules import SIDES, weigh
 from tasks.engines import Order, open_engine
@@ -119,6 +117,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=120, help="of the release that is learnt from; at most 624")
     parser.add_argument("--steps", type=int, default=150)
     options = parser.parse_args()
+    quiet_prefect(False)
     from flows.nightly import nightly
     from flows.parameters import Generation, Policy, Scoring
     from flows.promote import promote

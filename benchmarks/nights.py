@@ -19,7 +19,6 @@ sys.path.pop(0)  # this folder, where the standard library would find our select
 
 import argparse
 import json
-import os
 import random
 import time
 from pathlib import Path
@@ -28,8 +27,7 @@ import numpy as np
 import polars as pl
 import torch
 
-os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
-
+from flows.cli.shared import quiet_prefect
 from tasks import tables
 from tasks.champions import adapter_of, current, worn
 from tasks.engines import Adapter, Order, Recipe, open_engine
@@ -100,6 +98,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=150, help="at most 480")
     parser.add_argument("--images", type=int, default=4, help="of each of the truth's prompts")
     options = parser.parse_args()
+    quiet_prefect(False)
     from flows.nightly import nightly
     from flows.parameters import Generation, Learning, Policy, Scoring
 
