@@ -36,25 +36,20 @@ def learn(store: str, recipe: Recipe, sources: list[str], learning: Learning, ex
     `exam`: the manifest snapshot of prompts that are never learnt from; None: a share of all.
     """
     from flows import worker
-    from tasks.engines.models import locate
-    from tasks.learn import learn, settings_for
-    from tasks.lessons import of_sources
+    from tasks.learn import learn_from
 
     worker.settle()
-    place = Store(store)
-    settings = settings_for(recipe.model, learning.options)
-    lessons = of_sources(
-        place,
-        sources,
-        (recipe.width, recipe.height),
-        settings.batch_size,
-        held_out=gate_steps.not_to_be_learnt(place, exam, learning.held_out),
-        most_generations=learning.most_generations,
-        anchors=learning.anchors,
-        anchor_share=learning.anchor_share,
-    )
-    with Training(locate(recipe.model).name, lessons.images + lessons.anchors) as progress:
-        return learn(place, recipe.model, lessons, settings, progress.told, name)
+    with Training(recipe.model) as progress:
+        return learn_from(Store(store), recipe, sources, **rules(store, learning, exam), told=progress.told, name=name)
+
+
+def rules(store: str, learning: Learning, exam: str | None) -> dict[str, Any]:
+    """What `learn_from` is told of a form."""
+    held_out = gate_steps.not_to_be_learnt(Store(store), exam, learning.held_out)
+    return {
+        "held_out": held_out,
+        **learning.model_dump(include={"options", "anchors", "anchor_share", "most_generations"}),
+    }
 
 
 def teach(

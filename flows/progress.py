@@ -131,12 +131,12 @@ class Training:
 
     PUBLISH_SECONDS = 5.0
 
-    def __init__(self, model: str, images: int):
+    def __init__(self, model: str):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
 
-        self.title = f"{model} learns from {images:,} images"
+        self.title = f"{model} learns"
         self._bar = Bar(
             TextColumn("  learning  "),
             BarColumn(bar_width=32),

@@ -46,7 +46,8 @@ def ingest(store: str, manifest: str, model: str, scorer: str, on_bad_rows: Any)
     from tasks.ingest import ingest
     from tasks.scorers.openclip import token_limit
 
-    return ingest(manifest, Store(store), [*token_limits(model), token_limit(scorer)], on_bad_rows)
+    limits = [*token_limits(model), *([token_limit(scorer)] if scorer else [])]
+    return ingest(manifest, Store(store), limits, on_bad_rows)
 
 
 @step(name="open run")

@@ -2,17 +2,18 @@
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tasks import tables
 from tasks.adapters.cards import Facts, load_card, write_adapter
+from tasks.engines import Recipe
 from tasks.engines.models import ModelFolder, locate, model_digest
 from tasks.errors import DarkroomError
-from tasks.lessons import Lessons
+from tasks.lessons import Lessons, of_sources
 from tasks.runs import library_versions
 from tasks.store import Store, layout
 from tasks.store.objects import parquet_bytes
@@ -146,6 +147,24 @@ def learn(
         trained.seconds,
         trained.loss,
     )
+
+
+def learn_from(
+    store: Store,
+    recipe: Recipe,
+    sources: Sequence[str],
+    options: str = "",
+    told: "Callable[[Progress], None]" = lambda progress: None,
+    name: str = "",
+    **safeguards: Any,
+) -> Learnt:
+    """`learn` for a recipe's model and size, from releases (`name@version`) and Kohya dataset files (`….toml`).
+
+    `options` as in `settings_for`, `safeguards` as in `of_sources`. Raises what these three raise.
+    """
+    settings = settings_for(recipe.model, options)
+    lessons = of_sources(store, sources, (recipe.width, recipe.height), settings.batch_size, **safeguards)
+    return learn(store, recipe.model, lessons, settings, told, name)
 
 
 def copy_files(store: Store, adapter: str, folder: str) -> list[str]:

@@ -1,6 +1,7 @@
 """`darkroom train`."""
 
-from typing import Annotated
+import os
+from typing import Annotated, Any
 
 import typer
 
@@ -63,8 +64,28 @@ def train(
         except ValidationError as error:
             raise typer.BadParameter(in_words(error)) from error
         settings_for(generation.model, learning.options)  # what is wrong is told before Prefect starts
-        from flows.train import train as flow
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # one of several processes of `accelerate launch`
+            learnt = _beside_others(sources, store, name, generation, learning)
+            if int(os.environ.get("RANK", 0)):
+                return
+        else:
+            from flows.train import train as flow
 
-        learnt = flow(sources=sources, store=store, name=name, generation=generation, learning=learning)
+            learnt = flow(sources=sources, store=store, name=name, generation=generation, learning=learning)
         files = copy_files(Store(store), learnt.adapter, to) if to else []
         print_training(Store(store), learnt, files)
+
+
+def _beside_others(sources: list[str], store: str, name: str, generation: Any, learning: Any) -> Any:
+    """The training without Prefect, which would see a flow run for each process. All of them put the same adapter."""
+    from flows.learning import rules
+    from tasks.engines.models import default_recipe, token_limits
+    from tasks.ingest import ingest
+    from tasks.learn import learn_from
+    from tasks.store import Store
+
+    exam = None
+    if learning.exam_manifest:
+        exam = ingest(learning.exam_manifest, Store(store), token_limits(generation.model)).sha256
+    recipe = default_recipe(generation.model, **generation.chosen())
+    return learn_from(Store(store), recipe, sources, **rules(store, learning, exam), name=name)
