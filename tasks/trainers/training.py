@@ -10,12 +10,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch.nn import functional as F
 
 from tasks.adapters import Embeddings, Lora
@@ -34,6 +35,7 @@ from tasks.trainers.student import Place, Student
 SMOOTHED = 50  # steps whose mean is the loss that is told, and compared
 RUNAWAY = 3.0  # times the loss of the first steps: diverged
 BETAS = (0.9, 0.999)
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +93,11 @@ class Training:
         cached: bool = True,
     ):
         self.id, self.settings, self.batches, self.store = training, settings, batches, store
-        self._accelerator = Accelerator(mixed_precision={"float16": "fp16", "bfloat16": "bf16"}.get(dtype, "no"))
+        self._processes = PartialState()  # only this one, unless `accelerate launch` started several
         self._student = Student(folder, dtype)
+        self._scaler = torch.amp.GradScaler(self._student.device.type, enabled=dtype == "float16")
+        self._lower: Any = nullcontext if dtype == "float32" else self._autocast
+        self._dtype = getattr(torch, dtype)
         self._learner = learner(self._student, settings)
         groups = self._learner.groups()
         self._parameters = {name: parameter for group, _ in groups for name, parameter in group.items()}
@@ -163,8 +168,14 @@ class Training:
 
     def _share(self, batch: Batch) -> Batch:
         """This process's part of a batch: all of it where there is one process."""
-        mine, processes = self._accelerator.process_index, self._accelerator.num_processes
-        return Batch(batch.items[mine::processes], batch.size)
+        return Batch(batch.items[self._mine], batch.size)
+
+    @property
+    def _mine(self) -> slice:
+        return slice(self._processes.process_index, None, self._processes.num_processes)
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self._student.device.type, self._dtype)
 
     def _learn(self, number: int, batch: Batch, read: Callable[[Item], torch.Tensor]) -> float:
         """Add the gradient of a batch, over the number of batches in a step; its loss."""
@@ -176,11 +187,10 @@ class Training:
         dropped = torch.rand(whole, generator=random) < settings.caption_dropout
         cells = self._cells(batch)
         drawn, noise = (torch.randn(whole, *cells, generator=random) for _ in range(2))
-        mine = slice(self._accelerator.process_index, None, self._accelerator.num_processes)
-        times, dropped, drawn, noise = times[mine], dropped[mine], drawn[mine], noise[mine]
+        times, dropped, drawn, noise = (of_all[self._mine] for of_all in (times, dropped, drawn, noise))
         if not batch.items:
-            return self._accelerator.reduce(torch.zeros((), device=device)).item()
-        with self._accelerator.autocast():
+            return self._of_all(torch.zeros((), device=device)).item()
+        with self._lower():
             moments = self._moments(batch, read)
             clean = student.latents(moments, drawn.to(device)).to(device)
             noise, times = noise.to(device), times.to(device)
@@ -199,8 +209,12 @@ class Training:
         prior = [settings.prior_weight if item.is_reg else 1.0 for item in batch.items]
         weights = objective.weights(times, settings.min_snr_gamma) * torch.tensor(prior, device=device)
         loss = (errors * weights).sum() / whole
-        self._accelerator.backward(loss / settings.accumulation)
-        return float(self._accelerator.reduce(loss.detach(), "sum"))
+        self._scaler.scale(loss / settings.accumulation).backward()
+        return float(self._of_all(loss.detach()))
+
+    def _of_all(self, mine: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes."""
+        return reduce(mine, "sum") if self._processes.num_processes > 1 else mine
 
     def _cells(self, batch: Batch) -> tuple[int, int, int]:
         """Channels, height and width of a batch's latents."""
@@ -246,19 +260,15 @@ class Training:
         settings = self.settings
         parameters = list(self._parameters.values())
         for parameter in parameters:
-            if self._accelerator.num_processes > 1 and parameter.grad is not None:
-                parameter.grad = self._accelerator.reduce(parameter.grad, "sum")
-        if self._accelerator.scaler is not None:
-            self._accelerator.scaler.unscale_(self._optimizer)
+            if self._processes.num_processes > 1:
+                parameter.grad = self._of_all(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        self._scaler.unscale_(self._optimizer)
         if settings.clip:
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * settings.rate(step)
-        if self._accelerator.scaler is not None:
-            self._accelerator.scaler.step(self._optimizer)
-            self._accelerator.scaler.update()
-        else:
-            self._optimizer.step()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         if settings.ema:
             decay = min(settings.ema, (1 + step) / (10 + step))
@@ -287,12 +297,13 @@ class Training:
     # --- its state -------------------------------------------------------------------------------------------------------
 
     def _checkpoint(self) -> tuple[str, ...]:
-        if not self._accelerator.is_main_process:
+        if not self._processes.is_main_process:
             return ()
         tensors: dict[str, torch.Tensor] = {f"weight/{name}": parameter for name, parameter in self._parameters.items()}
         tensors |= {f"mean/{name}": mean for name, mean in self._mean.items()}
         for name, parameter in self._parameters.items():
-            tensors |= {f"{key}/{name}": self._optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")}
+            if moments := self._optimizer.state[parameter]:  # SDXL reads no embedding of its first encoder's last layer
+                tensors |= {f"{key}/{name}": moments[key] for key in MOMENTS}
         checkpoints.save(self.store, self.id, self.record, tensors)
         return self._samples()
 
@@ -301,10 +312,11 @@ class Training:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(tensors[f"weight/{name}"])
-                self._optimizer.state[parameter] = {
-                    "step": torch.tensor(float(record.step), device=parameter.device),
-                    **{key: tensors[f"{key}/{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")},
-                }
+                if f"{MOMENTS[0]}/{name}" in tensors:
+                    self._optimizer.state[parameter] = {
+                        "step": torch.tensor(float(record.step), device=parameter.device),
+                        **{key: tensors[f"{key}/{name}"].to(parameter.device) for key in MOMENTS},
+                    }
             for name, mean in self._mean.items():
                 mean.copy_(tensors[f"mean/{name}"])
         log.info("training %s goes on after step %d", self.id, record.step)
