@@ -22,10 +22,11 @@ from torch.nn import functional as F
 from tasks.adapters import Embeddings, Lora
 from tasks.engines.memory import free_memory
 from tasks.engines.models import ModelFolder
+from tasks.engines.texts import TEXT_BATCH
 from tasks.store import Store, layout
 from tasks.trainers import checkpoints
 from tasks.trainers.batches import Batch, Batches, Item, mask, pixels
-from tasks.trainers.caches import Cache
+from tasks.trainers.caches import Cache, Key
 from tasks.trainers.checkpoints import Record
 from tasks.trainers.errors import Diverged
 from tasks.trainers.losses import squared_errors
@@ -35,6 +36,7 @@ from tasks.trainers.student import Place, Student
 SMOOTHED = 50  # steps whose mean is the loss that is told, and compared
 RUNAWAY = 3.0  # times the loss of the first steps: diverged
 BETAS = (0.9, 0.999)
+MOST_ENCODED, ENCODED_PIXELS = 8, 1024 * 1024  # by the VAE in one call
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 log = logging.getLogger(__name__)
@@ -132,7 +134,7 @@ class Training:
             self._restore(*found)
         started, before, first = time.monotonic(), self.record.seconds, self.record.step
         with _own_random_numbers(), ThreadPoolExecutor(1) as reader:
-            ahead = self._read(reader, first)
+            ahead = self._read(reader, first * settings.accumulation)
             for step in range(first, settings.steps):
                 torch.manual_seed(_mixed(settings.seed, step))
                 loss = 0.0
@@ -229,8 +231,11 @@ class Training:
         by_key = {_key(item): item for item in batch.items}
 
         def compute(keys: list[Any]) -> list[tuple[torch.Tensor, ...]]:
-            encoded = self._student.moments(torch.stack([read(by_key[key]) for key in keys]))
-            return [(moments,) for moments in encoded]
+            width, height = batch.size
+            some = min(MOST_ENCODED, max(1, ENCODED_PIXELS // (width * height)))
+            return _in_calls(
+                keys, some, lambda call: (self._student.moments(torch.stack([read(by_key[k]) for k in call])),)
+            )
 
         return torch.stack(
             [held.to(self._student.device) for (held,) in self._latents.get([_key(i) for i in batch.items], compute)]
@@ -242,7 +247,7 @@ class Training:
 
         def compute(texts: list[str]) -> list[tuple[torch.Tensor, ...]]:
             with torch.no_grad():
-                return list(zip(*self._student.texts(texts), strict=True))
+                return _in_calls(texts, TEXT_BATCH, self._student.texts)
 
         held = zip(*self._texts.get(captions, compute), strict=True)
         return tuple(torch.stack([tensor.to(self._student.device) for tensor in tensors]) for tensors in held)
@@ -360,6 +365,19 @@ class Training:
         """Give the device's memory back."""
         del self._student, self._learner, self._optimizer, self._parameters, self._latents, self._texts
         free_memory()
+
+
+def _in_calls(
+    things: list[Key], size: int, encode: Callable[[list[Key]], tuple[torch.Tensor, ...]]
+) -> list[tuple[torch.Tensor, ...]]:
+    """Each thing's tensors, encoded so many at a time, the last with copies beside it: what a thing comes to is rounded by how many
+    stand beside it, and shall not depend on which others are held already."""
+    found: list[tuple[torch.Tensor, ...]] = []
+    for start in range(0, len(things), size):
+        call = things[start : start + size]
+        tensors = encode([*call, *[call[-1]] * (size - len(call))])
+        found += list(zip(*tensors, strict=True))[: len(call)]
+    return found
 
 
 def _key(item: Item) -> tuple[str, Any]:

@@ -1,0 +1,40 @@
+import pytest
+
+from tasks.learn import SettingsError, settings_for
+from tasks.trainers import Settings
+
+MODEL = "data/models/tiny-sd"
+
+
+def test_a_model_says_how_it_is_trained_and_a_person_may_say_otherwise() -> None:
+    own, other = settings_for(MODEL), settings_for(MODEL, "rank=4, targets=to_q, to_v, text_encoder=false")
+    assert (own.rank, own.targets, own.text_encoder, own.scale) == (16, "wide", True, 16.0)
+    assert (other.rank, other.targets, other.text_encoder, other.steps) == (4, "to_q, to_v", False, own.steps)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("ranks=4", r"no setting 'ranks' \(did you mean rank\?\); there are method, steps"),
+        ("rank=0", "rank: .*received '0'"),
+        ("rank", "'rank' is no setting.*name=value"),
+        ("method=dreambooth", "token=sks"),
+        ("method=dreambooth, token=sks", "class_prompt"),
+        ("method=textual_inversion, text_encoder=true", "text_encoder=false"),
+        ("placeholder=two words", "is one word"),
+        ("steps=many", "steps: .*received 'many'"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_sentence(options: str, told: str) -> None:
+    with pytest.raises(SettingsError, match=told):
+        settings_for(MODEL, options)
+
+
+def test_the_rate_rises_and_falls_as_asked() -> None:
+    warm = Settings(steps=100, warmup=4, schedule="linear")
+    rates = [warm.rate(step) for step in range(100)]
+    assert rates[:5] == [0.2, 0.4, 0.6, 0.8, 1.0] and rates[-1] < 0.02
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    cosine = Settings(steps=101, schedule="cosine")
+    assert cosine.rate(0) == 1.0 and cosine.rate(50) == pytest.approx(0.508, abs=0.001)
+    assert Settings(steps=5, warmup=1000).rate(4) == 1.0  # a short training is not all warmup
