@@ -87,11 +87,9 @@ def _made_with(store: Store, run: str) -> list[str]:
 
 def _made(store: Store, digest: str) -> list[Facts]:
     """The finished runs with images that wear an adapter: at which weight, how many, and how many of them were accepted."""
-    weights: dict[str, float] = {}
-    for key in store.list(layout.CANDIDATES):
-        if key.endswith("/recipe.json"):
-            recipe = Recipe.from_json(store.read_json(key))
-            weights |= {recipe.recipe_id: one.weight for one in recipe.adapters if one.digest == digest}
+    keys = [key for key in store.list(layout.CANDIDATES) if key.endswith("/recipe.json")]
+    recipes = [Recipe.from_json(store.read_json(key)) for key in keys]
+    weights = {recipe.recipe_id: one.weight for recipe in recipes for one in recipe.adapters if one.digest == digest}
     if not weights:
         return []
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from tasks import tables
-from tasks.adapters import read_adapter
+from tasks.adapters import NotAnAdapter, read_adapter
 from tasks.adapters.cards import EMBEDDING_FILES, LORA_FILES, stored
 from tasks.identity import sha256
 from tasks.lessons import ANCHOR
@@ -54,12 +54,16 @@ def _check_file(store: Store, digest: str, file: dict[str, Any], report: "Report
         wrong = f"has {len(data)} bytes and sha256 {sha256(data)}, its card says {file['bytes']} and {file['sha256']}"
         report.say(key, f"{wrong}: it was changed or damaged", AGAIN)
         return
-    with report.about(key, AGAIN), TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder:
         copy = Path(folder) / key.rsplit("/", 1)[-1]
         copy.write_bytes(data)
-        held = read_adapter(copy).digest
-        if held != digest:
-            report.say(key, f"holds the weights of adapter {held}, its place says {digest}", AGAIN)
+        try:
+            held = read_adapter(copy).digest
+        except NotAnAdapter as error:
+            report.say(key, f"holds no adapter: {str(error).replace(str(copy), 'its copy')}", AGAIN)
+            return
+    if held != digest:
+        report.say(key, f"holds the weights of adapter {held}, its place says {digest}", AGAIN)
 
 
 def _check_lessons(store: Store, card: dict[str, Any], report: "Report") -> None:
