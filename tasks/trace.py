@@ -1,4 +1,4 @@
-"""From an image back to everything that led to it, and on to everything that became of it.
+"""From an image back to everything that led to it, and on to everything that became of it; and so for an adapter.
 
 The way in is a candidate id (or its beginning) or an image file; the way back goes over the ledgers of the runs that judged
 it, or over the shards where no run has yet.
@@ -15,6 +15,8 @@ import polars as pl
 import pyarrow.compute as pc
 
 from tasks import tables
+from tasks.adapters import read_adapter
+from tasks.adapters.cards import stored
 from tasks.errors import DarkroomError
 from tasks.gates.safety import read_margins
 from tasks.identity import ID_LENGTH
@@ -22,6 +24,7 @@ from tasks.judging import judging_of
 from tasks.runs import finished_runs, load_recipe, load_run
 from tasks.store import AT_ONCE, Store, images, layout, snapshots
 from tasks.store.shards import index_keys, read_index
+from tasks.trace_adapters import learned_by, trace_adapter, worn
 
 PREFIX_LENGTH = 8  # 32 bits: what people paste from a log, and still unique among 10,000 images
 Facts = dict[str, Any]
@@ -35,9 +38,12 @@ def trace(store: Store, id_or_path: str) -> Facts:
     """Everything the store knows of one image, as nested JSON values.
 
     image (candidate_id, seed, index, size, pixel_hash, part, made_at, made_by, …), prompt (text, negative, id, and `manifests`:
-    where each manifest has it, with the user's columns), recipe, scores (one a scorer), verdicts (one a run) and releases.
-    Raises TraceError, Missing, CorruptObject.
+    where each manifest has it, with the user's columns), recipe (with what its adapters learned from), scores (one a scorer),
+    verdicts (one a run), releases, and learned_by (the adapters whose training saw it). For the id or file of an adapter of the
+    store: `trace_adapter`'s answer. Raises TraceError, NotAnAdapter, Missing, CorruptObject.
     """
+    if adapter := _adapter(store, id_or_path):
+        return trace_adapter(store, adapter)
     found = _find(store, *_wanted(id_or_path))
     candidate_id, part = found["candidate_id"], found["part"]
     shard = layout.shard_of(part)
@@ -65,10 +71,11 @@ def trace(store: Store, id_or_path: str) -> Facts:
             "prompt_id": made["prompt_id"],
             "manifests": _manifests(store, made["prompt_id"], runs),
         },
-        "recipe": {"recipe_id": made["recipe_id"], **asdict(recipe), "adapters": list(map(asdict, recipe.adapters))},
+        "recipe": {"recipe_id": made["recipe_id"], **asdict(recipe), "adapters": worn(store, recipe)},
         "scores": _scores(store, shard, candidate_id),
         "verdicts": verdicts,
         "releases": _releases(store, candidate_id, {v["run"] for v in verdicts if v["verdict"] == "accepted"}),
+        "learned_by": learned_by(store, candidate_id),
     }
 
 
@@ -91,7 +98,8 @@ def tree(facts: Facts, width: int = 120) -> str:
                 text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
                 branch.add(Text.assemble((f"{name}: ", "dim"), text))
 
-    root = Tree(Text(facts["image"]["candidate_id"], style="bold"))
+    subject = next(iter(facts.values()))
+    root = Tree(Text(next(iter(subject.values())), style="bold"))
     grow(root, facts)
     console = Console(width=width)
     with console.capture() as captured:
@@ -100,6 +108,22 @@ def tree(facts: Facts, width: int = 120) -> str:
 
 
 # --- the way in ------------------------------------------------------------------------------------------------------
+
+
+def _adapter(store: Store, id_or_path: str) -> str | None:
+    """The adapter of the store that is meant, where it is one. Raises TraceError, NotAnAdapter."""
+    path, text = Path(id_or_path).expanduser(), id_or_path.strip().lower()
+    if path.suffix == ".safetensors" and path.is_file():
+        text = read_adapter(path).digest
+        if text not in stored(store):
+            raise TraceError(
+                f"file '{path}' is adapter {text}, which is not in {store!r}: check the store's address; where another tool changed the "
+                "weights, or it comes from elsewhere, nothing is known of it here"
+            )
+    fitting = [digest for digest in stored(store) if len(text) >= PREFIX_LENGTH and digest.startswith(text)]
+    if len(fitting) > 1:
+        raise TraceError(f"'{id_or_path}' fits {len(fitting)} adapters: {', '.join(fitting[:5])}; give one")
+    return fitting[0] if fitting else None
 
 
 def _wanted(id_or_path: str) -> tuple[pl.Expr, str]:
@@ -114,7 +138,7 @@ def _wanted(id_or_path: str) -> tuple[pl.Expr, str]:
         return pl.col("candidate_id").str.starts_with(text), f"candidate id '{text}'"
     raise TraceError(
         f"'{id_or_path}' is neither a candidate id ({PREFIX_LENGTH}–{ID_LENGTH} hexadecimal digits) nor an image file that "
-        "exists; ids are in the release's column `candidate_id` and in the report"
+        "exists, nor an adapter; ids are in the release's column `candidate_id` and in the report"
     )
 
 

@@ -26,6 +26,7 @@ from tasks.references import ShardRef
 from tasks.runs import finished_runs, load_recipe, load_run
 from tasks.store import CorruptObject, Missing, Store, StoreError, StoreUnreachable, images, layout, snapshots
 from tasks.store.shards import index_keys, read_index
+from tasks.verify_adapters import check_adapters
 from tasks.verify_gate import check_champions, check_promotions
 
 THREADS = 8  # shards checked at once; each holds one part in memory
@@ -58,7 +59,7 @@ class Problem:
 @dataclass
 class Report:
     """What was looked at, by kind (releases, files, images, shards, candidates, runs, verdicts, manifests,
-    champions, decisions), and what is wrong."""
+    adapters, champions, decisions), and what is wrong."""
 
     checked: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
@@ -83,7 +84,7 @@ class Report:
 
 
 def verify(store: Store) -> Report:
-    """Check all releases, finished runs, shards, manifests, champions and duels; images are decoded where they were released."""
+    """Check all releases, finished runs, shards, manifests, adapters, champions and duels; images are decoded where they were released."""
     report = Report()
     for keys in _snapshot_keys(store):
         _check_release(store, keys, report)
@@ -95,6 +96,7 @@ def verify(store: Store) -> Report:
             report.problems += found.problems
     for sha in dict.fromkeys(key.split("/")[1] for key in store.list(layout.MANIFESTS)):
         _check_manifest(store, sha, report)
+    check_adapters(store, report)
     check_champions(store, report)
     check_promotions(store, report)
     return report

@@ -101,11 +101,13 @@ def diff(
 
 
 def trace(
-    image: Annotated[str, typer.Argument(help="Candidate id (8 digits are enough if unique) or an image file.")],
+    image: Annotated[
+        str, typer.Argument(help="Candidate id or adapter (8 digits are enough if unique), an image or adapter file.")
+    ],
     store: StoreOption = "out/store",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a tree.")] = False,
 ) -> None:
-    """From an image back to prompt, manifest row, recipe, weights, scores, verdict and run."""
+    """From an image back to prompt, row, recipe, weights, scores, verdict and run, and on to what learned from it; also of an adapter."""
     with errors():
         from tasks import trace as tracing
         from tasks.store import Store

@@ -89,8 +89,10 @@ def adapter_file(path: Path) -> Path:
 def _load(file: Path, allow_pickle: bool) -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
     """A file's tensors, and its header's text. Raises NotAnAdapter."""
     with file.open("rb") as opened:
-        begins = opened.read(2)
-    if begins in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04") or file.suffix in PICKLED:
+        begins = opened.read(9)
+    # a safetensors file begins with the length of its header, which may look like a pickle's first bytes, and that header
+    looks_pickled = begins[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04") and begins[8:] != b"{"
+    if looks_pickled or file.suffix in PICKLED:
         if not allow_pickle:
             raise NotAnAdapter(
                 f"adapter {file} is pickled: loading such a file can run any program that its maker put into it. Get it as "

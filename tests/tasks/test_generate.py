@@ -1,7 +1,7 @@
 import json
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks import identity, tables
-from tasks.engines import Engine, EngineError, Images, Order, Recipe
+from tasks.adapters import resolve, write_adapter
+from tasks.engines import Adapter, Engine, EngineError, Images, Order, Recipe
 from tasks.engines.diffusers import DiffusersEngine, default_recipe
 from tasks.generate import NotReproduced, generate_shard, mend_shard, why_degenerate
 from tasks.references import ShardMade, ShardRef
 from tasks.store import Missing, Store, images, layout
 from tasks.store.shards import read_images, read_index
+from tests.tasks.adapters.loras import facts, random_lora
 from tests.tiny_pipelines import poison, stable_diffusion_15
 
 BATCH = 4
@@ -98,7 +100,9 @@ NewShard = Callable[..., Shard]
 def new_shard(engine: DiffusersEngine, recipe: Recipe, tmp_path: Path) -> NewShard:
     """Builds a store with a shard of two candidates a prompt."""
 
-    def build(prompts: Sequence[str] = ("a", "b", "c", "d", "e"), store: Store | None = None) -> Shard:
+    def build(
+        prompts: Sequence[str] = ("a", "b", "c", "d", "e"), store: Store | None = None, recipe: Recipe = recipe
+    ) -> Shard:
         store = store or Store(tmp_path / "store")
         orders = (
             pl.DataFrame({"prompt": prompts, "negative_prompt": ""})
@@ -176,6 +180,21 @@ def test_the_engine_is_called_batch_by_batch_in_the_order_of_the_orders(new_shar
 
 
 # --- going on where it stopped ---------------------------------------------------------------------------------------
+
+
+def test_adapters_are_found_though_their_store_was_moved(
+    new_shard: NewShard, engine: DiffusersEngine, recipe: Recipe, tmp_path: Path
+) -> None:
+    """A recipe records where its adapters were when a run was planned."""
+    store = Store(tmp_path / "store")
+    digest = write_adapter(store, random_lora(engine._pipeline, ("unet",), only=("attn2.to_k",)), facts())
+    shard = new_shard(["a"], store, replace(recipe, adapters=(Adapter("/before/the/move", digest),)))
+    shard.make()
+    here = replace(recipe, adapters=(resolve(digest, store),))
+    orders = [Order(row["prompt"], row["negative_prompt"], row["seed"]) for row in shard.orders.to_dicts()]
+    wanted = [images.pixel_hash(pixels) for pixels in engine.generate(orders, here).pixels]
+    assert shard.index["pixel_hash"].to_list() == wanted
+    assert wanted != [images.pixel_hash(pixels) for pixels in engine.generate(orders, recipe).pixels]
 
 
 def test_a_finished_shard_is_left_alone(new_shard: NewShard) -> None:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from tasks import identity, tables
 from tasks import plan as planning
-from tasks.engines import Recipe
+from tasks.engines import Adapter, Recipe
 from tasks.plan import PlanConflict, first_index, load_plan, plan
 from tasks.references import ManifestRef, PlanRef, ShardRef
+from tasks.runs import load_recipe
 from tasks.store import Missing, Store, layout
 from tests.tasks.test_identity import CIRCLE, GOLDEN, RECIPE, RECIPE_ID
 
@@ -230,6 +231,14 @@ def test_another_recipe_reuses_nothing(store):
     make(store, *plan(store, ref, "one", RECIPE, 2, **SIZES).shards)
     planned = plan(store, ref, "two", replace(RECIPE, guidance=6.0), 2, **SIZES)
     assert not any(shard.reused for shard in planned.shards)
+
+
+def test_adapters_are_where_the_latest_run_found_them(store):
+    prompts = manifest(store, ["a"])
+    for place in ("/before/style.safetensors", "/after/style.safetensors"):
+        recipe = replace(RECIPE, adapters=(Adapter(place, "a" * 32),))
+        plan(store, prompts, place, recipe, 1, **SIZES)
+        assert load_recipe(store, recipe.recipe_id) == recipe
 
 
 def test_a_candidate_that_two_shards_hold_is_wanted_once(store):

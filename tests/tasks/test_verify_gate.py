@@ -6,13 +6,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from tasks.adapters import write_adapter
 from tasks.champions import crown, roll_back, standing
 from tasks.duel import settle
 from tasks.store import Store, layout
 from tasks.verify import verify
 from tests.painted_duel import PaintedDuel, painted_duel
-from tests.tasks.adapters.loras import facts, small_lora
+from tests.tasks.adapters.loras import small_lora, trained
 
 
 @pytest.fixture
@@ -21,7 +20,7 @@ def crowned(tmp_path: Path) -> PaintedDuel:
     made = painted_duel(Store(tmp_path))
     store, base = made.store, made.duel.champion.model_digest
     settle(store, made.duel, made.run)
-    first, second = (write_adapter(store, small_lora(alpha=alpha), facts(base_digest=base)) for alpha in (1, 2))
+    first, second = (trained(store, {}, small_lora(alpha=alpha), base_digest=base) for alpha in (1, 2))
     crown(store, "demo", first, base_digest=base, why="better", evidence=made.duel.key)
     crown(store, "demo", second, base_digest=base, why="by hand")
     roll_back(store, "demo")

@@ -4,7 +4,10 @@ from typing import Any
 
 import torch
 
-from tasks.adapters import Facts, Lora
+from tasks import tables
+from tasks.adapters import Facts, Lora, write_adapter
+from tasks.identity import digest
+from tasks.store import Store, layout
 
 
 def facts(**more: Any) -> Facts:
@@ -55,3 +58,11 @@ def random_lora(pipeline: Any, components: tuple[str, ...], *, seed: int = 0, on
             tensors[f"{full}.lora_B.weight"] = torch.randn(out, rank, *(1 for _ in kernel)) * 0.3
             alphas[full] = 0.7 + len(alphas) % 5
     return Lora(tensors, alphas)
+
+
+def trained(store: Store, seen: dict[str, str], lora: Lora | None = None, **more: Any) -> str:
+    """Put an adapter that learned from these pictures into the store: picture → where it is from, as `demo@1`."""
+    about = facts(**{"images": len(seen), "training": digest(sorted(seen)), **more})
+    rows = [{"picture": picture, "source": source, "repeats": 2, "is_reg": False} for picture, source in seen.items()]
+    store.write_table(layout.lessons(about.training), tables.LESSONS.conform(rows))
+    return write_adapter(store, lora or small_lora(), about)

@@ -147,7 +147,12 @@ def test_headers_say_what_other_tools_show(tmp_path: Path) -> None:
     lora = small_lora(rank=4, alpha=2.5)
     store = Store(tmp_path)
     write_adapter(
-        store, lora, facts(settings={"learning_rate": 1e-4, "min_snr_gamma": 5.0}, header={"ss_bucket_info": {"0": 1}})
+        store,
+        lora,
+        facts(
+            settings={"learning_rate": 1e-4, "min_snr_gamma": 5.0, "dtype": "bfloat16"},
+            header={"ss_bucket_info": {"0": 1}},
+        ),
     )
     folder = tmp_path / layout.adapter(lora.digest)
     kohya = header(folder / "kohya.safetensors")
@@ -156,6 +161,7 @@ def test_headers_say_what_other_tools_show(tmp_path: Path) -> None:
     assert (kohya["ss_learning_rate"], kohya["ss_min_snr_gamma"]) == ("0.0001", "5.0")
     assert json.loads(kohya["ss_bucket_info"]) == {"0": 1}
     assert kohya["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert (kohya["ss_v2"], kohya["ss_mixed_precision"]) == ("False", "bf16")
     assert kohya["modelspec.prediction_type"] == "v"
     assert kohya["modelspec.trigger_phrase"] == "a photo of sks"
     data = (folder / "kohya.safetensors").read_bytes()
@@ -313,6 +319,17 @@ def test_pickled_weights_are_refused_unless_allowed(tmp_path: Path) -> None:
         with pytest.raises(NotAnAdapter, match=r"is pickled: .* allow_pickle=True"):
             read_adapter(tmp_path / name)
         assert read_adapter(tmp_path / name, allow_pickle=True).alphas == {MODULE: 2.0}
+
+
+def test_a_safetensors_file_is_not_taken_for_a_pickle(tmp_path: Path) -> None:
+    """A header of 640, 896, 1152 … bytes makes it begin as a pickle does."""
+    tensors = {f"{MODULE}.lora_A.weight": DOWN, f"{MODULE}.lora_B.weight": UP}
+    begins = set()
+    for length in range(0, 1200, 8):
+        save_file(tensors, tmp_path / "a.safetensors", {"note": "x" * length})
+        begins.add((tmp_path / "a.safetensors").read_bytes()[:2])
+        assert read_adapter(tmp_path / "a.safetensors").alphas == {MODULE: 2.0}
+    assert {b"\x80\x02", b"\x80\x03", b"\x80\x04"} <= begins
 
 
 def test_no_program_runs_from_a_pickle_that_is_allowed(tmp_path: Path) -> None:

@@ -131,6 +131,43 @@ def test_what_a_lora_adds_is_alpha_by_rank(
     assert np.abs(made.astype(int) - by_hand).max() <= 1  # summed in another order
 
 
+def add_as_kohyas_tools_do(file: Path, pipeline: Any, prefixes: dict[str, str]) -> list[str]:
+    """Add alpha / rank · up · down to the modules that a file names; returns the keys that name none."""
+    tensors = load_file(file)
+    for component, prefix in prefixes.items():
+        for path, module in getattr(pipeline, component).named_modules():
+            old = path if component == "unet" or path.startswith("text_model.") else f"text_model.{path}"
+            name = f"{prefix}_{old.replace('.', '_')}"
+            if f"{name}.lora_up.weight" in tensors:
+                up, down = (tensors.pop(f"{name}.lora_{part}.weight") for part in ("up", "down"))
+                scale = float(tensors.pop(f"{name}.alpha")) / down.shape[0]
+                module.weight.data += scale * (up.flatten(1) @ down.flatten(1)).reshape(module.weight.shape)
+    return list(tensors)
+
+
+@pytest.mark.parametrize(
+    ("shape", "prefixes"),
+    [
+        ("sd15", {"unet": "lora_unet", "text_encoder": "lora_te"}),
+        ("sdxl", {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}),
+    ],
+)
+def test_kohyas_tools_make_the_same_images(tiny: Models, tmp_path: Path, shape: str, prefixes: dict[str, str]) -> None:
+    model = tiny(shape)
+    pipeline = pipeline_of(model)
+    lora = random_lora(pipeline, ("unet", *CLIP[shape]), only=ATTENTION)
+    files = save(lora, shape, tmp_path)
+    assert add_as_kohyas_tools_do(files["kohya.safetensors"], pipeline, prefixes) == []
+    pipeline.save_pretrained(tmp_path / "merged")
+    merged = DiffusersEngine(str(tmp_path / "merged"), "float32", BATCH)
+    recipe = small(shape, model)
+    theirs = merged.generate(ORDERS, replace(recipe, model_digest=merged.digest)).pixels
+    engine = DiffusersEngine(model, "float32", BATCH)
+    made = engine.generate(ORDERS, worn(recipe, files["adapter.safetensors"])).pixels
+    assert np.abs(made.astype(int) - theirs).max() <= 1  # summed in another order
+    assert (made != engine.generate(ORDERS, recipe).pixels).any()
+
+
 # --- on and off ------------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +234,16 @@ def test_recipes_that_alternate_do_not_disturb_each_other(engine: DiffusersEngin
     for _ in range(2):
         for one, pixels in zip(recipes, first, strict=True):
             engine.prepare([(order.prompt, order.negative_prompt) for order in ORDERS], one.adapters)
+            assert np.array_equal(engine.generate(ORDERS, one).pixels, pixels)
+
+
+def test_two_that_alternate_are_read_once(engine: DiffusersEngine, recipe: Recipe, lora: Path) -> None:
+    """A champion and its challenger."""
+    two = [worn(recipe, f"{lora}={weight}") for weight in (0.9, 0.4)]
+    first = [engine.generate(ORDERS, one).pixels for one in two]
+    lora.unlink()
+    for _ in range(2):
+        for one, pixels in zip(two, first, strict=True):
             assert np.array_equal(engine.generate(ORDERS, one).pixels, pixels)
 
 
