@@ -125,9 +125,7 @@ def of_releases(
     named = list(dict.fromkeys(releases))
     runs = [find_run(store, f"{name}@{version}") for name, version in named]
     found = [
-        _approved(store, run).with_columns(
-            release=pl.lit(number, pl.Int64), source=pl.lit(f"{release[0]}@{release[1]}")
-        )
+        approved(store, run).with_columns(release=pl.lit(number, pl.Int64), source=pl.lit(f"{release[0]}@{release[1]}"))
         for number, (release, run) in enumerate(zip(named, runs, strict=True))
     ]
     rows = pl.concat(found).unique("candidate_id", keep="first", maintain_order=True)  # a reselected run releases again
@@ -220,7 +218,7 @@ def _adapter_depth(store: Store, adapter: str) -> int:
     return int(load_card(store, adapter)["generation_depth"])
 
 
-def _approved(store: Store, run: str) -> pl.DataFrame:
+def approved(store: Store, run: str) -> pl.DataFrame:
     """The accepted candidates of a run in ledger order, with the place of their images."""
     ledger = store.read_frame(layout.ledger(run), LEDGER_COLUMNS)
     accepted = ledger.filter(pl.col("verdict") == "accepted").drop("verdict")
