@@ -166,3 +166,27 @@ def print_champions(store: Any, champions: list[Any]) -> None:
         if champion.evidence:
             rows.add("", escape(store.uri(champion.evidence)))
     rows.print(f"[bold]Darkroom[/] champions of {champions[-1].name}, the latest first")
+
+
+def print_evaluation(found: dict[str, Any]) -> None:
+    from pathlib import PurePath
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    beside = f" beside {found['reference']['name']}" if found["reference"] else ""
+    console = Console(highlight=False)
+    console.print(f"\n[bold]Darkroom[/] evaluation of {found['images']['name']}{beside}", markup=True)
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("metric", no_wrap=True)
+    table.add_column("value", justify="right")
+    table.add_column("images", justify="right")
+    table.add_column("better")
+    table.add_column("by")
+    for one in found["measures"]:
+        deviation = f" ± {one['deviation']:.4f}" if one["deviation"] is not None else ""
+        images = f"{one['images']:,}" + (f" / {one['reference']:,}" if one["reference"] else "")
+        value = one["value"] if abs(one["value"]) >= 5e-5 else 0.0  # no minus before zero
+        table.add_row(one["name"], f"{value:.4f}{deviation}", images, one["better"], PurePath(one["by"]).name)
+    console.print(table)

@@ -2,13 +2,14 @@
 
 import typer
 
+from flows.cli.evaluating import evaluate
 from flows.cli.exporting import export
 from flows.cli.gating import champion, promote
 from flows.cli.results import calibrate, diff, reselect, trace, verify
 from flows.cli.running import run
 from flows.cli.training import train
 
-COMMANDS = (run, reselect, train, promote, diff, trace, verify, calibrate, export)
+COMMANDS = (run, reselect, train, promote, diff, trace, verify, calibrate, evaluate, export)
 GROUPS = {"champion": champion}
 
 app = typer.Typer(

@@ -3,6 +3,7 @@
 FID and KID are torchmetrics'; what it lacks is here, after the papers. All of them change with n: compare sets of one size.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,9 @@ def kid(features: np.ndarray, reference: np.ndarray, seed: int = 0) -> tuple[flo
     from torchmetrics.image.kid import KernelInceptionDistance
 
     size = min(KID_SUBSET, len(a), len(b))
-    metric = KernelInceptionDistance(feature=_given(a.shape[1]), subsets=KID_SUBSETS, subset_size=size)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*will save all extracted features")  # which are there anyway
+        metric = KernelInceptionDistance(feature=_given(a.shape[1]), subsets=KID_SUBSETS, subset_size=size)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         mean, deviation = _fed(metric, a, b).compute()
@@ -151,7 +154,7 @@ def _given(width: int) -> Any:
 def _fed(metric: Any, features: np.ndarray, reference: np.ndarray) -> Any:
     import torch
 
-    metric.set_dtype(torch.float64) if hasattr(metric, "set_dtype") else None
+    metric.set_dtype(torch.float64)
     metric.update(torch.from_numpy(reference), real=True)
     metric.update(torch.from_numpy(features), real=False)
     return metric

@@ -54,7 +54,7 @@ def test_a_run_started_from_the_form_ends_in_a_release(server: str, browser: web
     manifest = tmp_path / "prompts.parquet"
     pl.DataFrame({"prompt": ["a large red circle on a white background", "a small blue star on a black background"]}).write_parquet(manifest)  # fmt: skip
     deployments = {d["name"]: d for d in ask(f"{server}/api/deployments/filter", {})}
-    assert set(deployments) == {"nightly", "on-demand", "train", "promote"}
+    assert set(deployments) == {"nightly", "on-demand", "train", "promote", "evaluate"}
     assert deployments["nightly"]["schedules"][0]["schedule"]["cron"] == "0 2 * * *"
 
     browser.get(f"{server}/deployments/deployment/{deployments['on-demand']['id']}/run")

@@ -1,0 +1,246 @@
+"""What a set of images is worth, in the field's numbers: agreement with prompts, diversity, distance from a reference.
+
+Features are an OpenCLIP model's that is named; nothing is downloaded unasked. Every number stands beside the number of images it was
+computed from, since most of them change with it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from tasks.errors import DarkroomError
+from tasks.identity import digest, sha256
+from tasks.lessons import approved
+from tasks.metrics import MetricError
+from tasks.runs import find_run, library_versions
+from tasks.store import Store, images, layout
+from tasks.store.shards import read_images
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tasks.scorers import Scorer
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+AT_ONCE = 256  # images decoded at a time
+
+
+class EvaluationError(DarkroomError):
+    """The images cannot be found, or not be compared."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number, and what it was computed from."""
+
+    name: str
+    value: float
+    images: int
+    reference: int | None = None  # images; None: it needs none
+    deviation: float | None = None  # standard, where the metric is a mean over subsets
+    better: str = ""  # higher, lower
+    by: str = ""  # the model whose features or scores it is of
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Images that can be read: ids, prompts ("": not known), and the bytes."""
+
+    name: str
+    ids: tuple[str, ...]
+    prompts: tuple[str, ...]
+    groups: tuple[str, ...]  # of images of one prompt
+    read: Any  # () → iterator of (id, bytes), in any order
+
+    @property
+    def digest(self) -> str:
+        return digest([list(row) for row in sorted(zip(self.ids, self.prompts, strict=True))])
+
+    def drawn(self, samples: int, seed: int) -> "Shown":
+        """So many of them, by lot, the same ones each time. Raises EvaluationError: there are fewer."""
+        if not samples or samples == len(self.ids):
+            return self
+        if samples > len(self.ids):
+            raise EvaluationError(
+                f"{self.name} has {len(self.ids)} images, fewer than --samples {samples}: ask for no more"
+            )
+        ranked = sorted(range(len(self.ids)), key=lambda at: digest([seed, self.ids[at]]))[:samples]
+        keep = sorted(ranked)
+        wanted = {self.ids[at] for at in keep}
+
+        def read() -> "Iterator[tuple[str, bytes]]":
+            return ((id, data) for id, data in self.read() if id in wanted)
+
+        ids, prompts, groups = (tuple(column[at] for at in keep) for column in (self.ids, self.prompts, self.groups))
+        return Shown(self.name, ids, prompts, groups, read)
+
+
+def find_images(store: Store, named: str) -> Shown:
+    """The images of a release (`demo@3`) or of a local folder (its captions from `.txt` files beside them).
+
+    Raises EvaluationError, RunNotFound, Missing, CorruptObject.
+    """
+    folder = Path(named).expanduser()
+    if folder.is_dir():
+        return _of_folder(folder)
+    if "@" not in named:
+        raise EvaluationError(f"'{named}' is neither a release, such as demo@3, nor a folder that exists")
+    rows = approved(store, find_run(store, named))
+    ids, prompts, groups = (tuple(rows[column]) for column in ("candidate_id", "prompt", "prompt_id"))
+
+    def read() -> "Iterator[tuple[str, bytes]]":
+        for part in rows.partition_by("part"):
+            yield from read_images(store, part)
+
+    return Shown(named, ids, prompts, groups, read)
+
+
+def evaluate(
+    store: Store,
+    shown: Shown,
+    reference: Shown | None,
+    features: "Scorer",
+    scorers: "Sequence[Scorer]" = (),
+    seed: int = 0,
+) -> dict[str, Any]:
+    """All numbers, as JSON values: `measures` (Measure), and what they were asked of. Kept in the store; asked again, it is found.
+
+    `features` makes the embeddings; it and the `scorers` give CLIP scores. Raises EvaluationError, MetricError, CorruptObject.
+    """
+    judges = {scorer.fingerprint: scorer for scorer in (features, *scorers)}
+    asked = {
+        "images": shown.digest,
+        "reference": reference.digest if reference else None,
+        "features": features.fingerprint,
+        "scorers": sorted(judges),
+        "seed": seed,
+    }
+    key = layout.evaluation(digest(asked))
+    if store.exists(key):
+        return store.read_json(key)
+    vectors, cosines = _judged(shown, list(judges.values()))
+    measures = [*_scores(shown, judges, cosines), *_diversity(shown, vectors[features.fingerprint], features.model)]
+    if reference:
+        theirs, _ = _judged(reference, [features])
+        measures += _distances(vectors[features.fingerprint], theirs[features.fingerprint], features.model, seed)
+    facts = {
+        "asked": asked,
+        "images": {"name": shown.name, "count": len(shown.ids)},
+        "reference": {"name": reference.name, "count": len(reference.ids)} if reference else None,
+        "features": features.model,
+        "measures": [asdict(measure) for measure in measures],
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": library_versions(),
+    }
+    store.create(key, json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False).encode())
+    return store.read_json(key)
+
+
+# --- the numbers -----------------------------------------------------------------------------------------------------
+
+
+def _scores(shown: Shown, judges: "dict[str, Scorer]", cosines: dict[str, np.ndarray]) -> list[Measure]:
+    """The mean cosine with the prompts, ×100 as CLIP scores are told (Hessel et al. 2021, without its factor and floor)."""
+    if not any(shown.prompts):
+        return []
+    return [
+        Measure("CLIP score", 100 * float(cosines[print_].mean()), len(shown.ids), better="higher", by=judge.model)
+        for print_, judge in judges.items()
+    ]
+
+
+def _diversity(shown: Shown, vectors: np.ndarray, by: str) -> list[Measure]:
+    from tasks.metrics.diversity import dispersion, vendi
+
+    n = len(shown.ids)
+    found = [
+        Measure("Vendi score", vendi(vectors), n, better="higher", by=by),
+        Measure("dispersion", dispersion(vectors), n, better="higher", by=by),
+    ]
+    groups = pl.DataFrame({"group": shown.groups}).with_row_index().group_by("group", maintain_order=True).agg("index")
+    within = [dispersion(vectors[rows]) for rows in groups["index"].to_list() if len(rows) > 1]
+    if within:
+        many = sum(len(rows) for rows in groups["index"].to_list() if len(rows) > 1)
+        found.append(Measure("dispersion within a prompt", float(np.mean(within)), many, better="higher", by=by))
+    return found
+
+
+def _distances(vectors: np.ndarray, theirs: np.ndarray, by: str, seed: int) -> list[Measure]:
+    from tasks.metrics.distances import NEIGHBOURS, cmmd, fid, kid, manifold
+
+    def measure(name: str, value: float, better: str, deviation: float | None = None) -> Measure:
+        return Measure(name, value, len(vectors), len(theirs), deviation, better, by)
+
+    mean, deviation = kid(vectors, theirs, seed)
+    shares = manifold(vectors, theirs)
+    return [
+        measure("FID", fid(vectors, theirs), "lower"),
+        measure("KID", mean, "lower", deviation),
+        measure("CMMD, σ = 10", cmmd(vectors, theirs), "lower"),
+        measure("CMMD, σ = median", cmmd(vectors, theirs, None), "lower"),
+        *(measure(f"{name} (k = {NEIGHBOURS})", getattr(shares, name), "higher") for name in vars(shares)),
+    ]
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def _judged(shown: Shown, judges: "list[Scorer]") -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Embeddings [n, d] and cosines [n] of each judge, by its fingerprint, in the order of the ids."""
+    place = {id: at for at, id in enumerate(shown.ids)}
+    vectors: dict[str, np.ndarray] = {}
+    cosines = {judge.fingerprint: np.zeros(len(place)) for judge in judges}
+    for at, pixels in _in_sizes(shown, place):
+        texts = [shown.prompts[one] for one in at]
+        for judge in judges:
+            scores = judge.score(pixels, texts)
+            rows = vectors.setdefault(judge.fingerprint, np.zeros((len(place), scores.embedding.shape[1])))
+            rows[at], cosines[judge.fingerprint][at] = scores.embedding, scores.cosine
+    return vectors, cosines
+
+
+def _in_sizes(shown: Shown, place: dict[str, int]) -> "Iterator[tuple[list[int], np.ndarray]]":
+    """Places and pixels uint8 [n, h, w, 3] of images of one size, AT_ONCE at most."""
+    waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
+    for id, data in shown.read():
+        try:
+            pixels = images.decode(data)
+        except images.NotAnImage as error:
+            raise EvaluationError(f"image {id} of {shown.name}: {error}; take it out") from error
+        same = waiting.setdefault(pixels.shape, [])
+        same.append((place[id], pixels))
+        if len(same) == AT_ONCE:
+            yield [at for at, _ in same], np.stack([one for _, one in same])
+            same.clear()
+    for same in waiting.values():
+        if same:
+            yield [at for at, _ in same], np.stack([one for _, one in same])
+
+
+def _of_folder(folder: Path) -> Shown:
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    if len(files) < 2:
+        raise EvaluationError(
+            f"folder '{folder}' has {len(files)} images ({', '.join(sorted(SUFFIXES))}); two are needed at least"
+        )
+    data = {str(file.relative_to(folder)): file for file in files}
+    ids = tuple(f"{name}:{sha256(file.read_bytes())[:16]}" for name, file in data.items())
+    captions = [file.with_suffix(".txt") for file in files]
+    prompts = tuple(text.read_text("utf-8").strip() if text.is_file() else "" for text in captions)
+    groups = tuple(prompt or id for prompt, id in zip(prompts, ids, strict=True))
+    return Shown(
+        str(folder),
+        ids,
+        prompts,
+        groups,
+        lambda: ((id, file.read_bytes()) for id, file in zip(ids, files, strict=True)),
+    )
+
+
+__all__ = ["EvaluationError", "Measure", "MetricError", "Shown", "evaluate", "find_images"]
