@@ -213,8 +213,8 @@ def pixels(item: Item) -> "torch.Tensor":
         image = Image.merge("HSV", (hue.point(turned), saturation, value)).convert("RGB")
     if view.gamma != 1.0:
         image = image.point([round(255 * (level / 255) ** view.gamma) for level in range(256)] * 3)
-    levels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return levels.to(torch.float32).div_(127.5).sub_(1).contiguous()
+    levels = np.array(image).transpose(2, 0, 1).astype(np.float32, order="C")
+    return torch.from_numpy(levels / np.float32(127.5) - np.float32(1))  # in numpy: see tasks/model_thread.py
 
 
 def mask(item: Item) -> "torch.Tensor | None":

@@ -29,6 +29,7 @@ class Record:
     seconds: float = 0.0  # over all starts
     early: list[float] = field(default_factory=list)  # losses of the first steps
     late: list[float] = field(default_factory=list)  # and of the latest ones
+    scaler: dict[str, float] = field(default_factory=dict)  # float16's scale of gradients
 
 
 def save(store: Store, training: str, record: Record, tensors: "dict[str, torch.Tensor]") -> None:

@@ -11,10 +11,9 @@ from tasks.trainers.errors import TrainingError
 from tasks.trainers.settings import Settings
 from tasks.trainers.student import Student
 
-ATTENTION = (
-    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    *("q_proj", "k_proj", "v_proj", "out_proj"),  # CLIP's
-)
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+# CLIP's; a denoiser that pools texts has modules of these names, too, which are none of its attention to the image
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 WITHIN_BLOCKS = re.compile(r"(^|\.)(\w*blocks?|layers)\.")
 NAME = "learnt"  # what PEFT calls it
 
@@ -70,7 +69,8 @@ class LoraLearner:
         return text if is_reg else with_word(text, self.trigger)
 
     def _inject(self, component: str, module: Any) -> None:
-        targets = [path for path, inner in module.named_modules() if self._is_target(path, inner)]
+        attention = TEXT_ATTENTION if component.startswith("text_encoder") else ATTENTION
+        targets = [path for path, inner in module.named_modules() if self._is_target(path, inner, attention)]
         if not targets:
             return
         config = LoraConfig(
@@ -86,12 +86,12 @@ class LoraLearner:
             layer.lora_B.to(torch.float32)
             self.layers[f"{component}.{path}"] = layer
 
-    def _is_target(self, path: str, module: Any) -> bool:
+    def _is_target(self, path: str, module: Any, attention: tuple[str, ...]) -> bool:
         if not isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
             return False
         match self._settings.targets:
             case "attention":
-                return path.endswith(ATTENTION)
+                return path.endswith(attention)
             case "wide":
                 return bool(WITHIN_BLOCKS.search(path))
         ends = [end.strip() for end in self._settings.targets.split(",") if end.strip()]

@@ -39,16 +39,13 @@ class Student:
     def __init__(self, folder: ModelFolder, dtype: str):
         self.folder = folder
         self.pipeline = load_pipeline(folder, dtype)
+        self.device: torch.device = self.pipeline.device  # asked once: diffusers looks through all modules for it
         self.objective = objective(folder.scheduler, str(folder.path))
         self.denoiser_name = "unet" if "unet" in folder.index else "transformer"
         self.denoiser = getattr(self.pipeline, self.denoiser_name)
         for name in folder.components:
             if hasattr(module := getattr(self.pipeline, name), "requires_grad_"):
                 module.requires_grad_(False)
-
-    @property
-    def device(self) -> "torch.device":
-        return self.pipeline.device
 
     @property
     def clip_encoders(self) -> dict[str, Any]:

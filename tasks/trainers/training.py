@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from random import Random
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,6 @@ from torch.nn import functional as F
 from tasks.adapters import Embeddings, Lora
 from tasks.engines.memory import free_memory
 from tasks.engines.models import ModelFolder
-from tasks.engines.texts import TEXT_BATCH
 from tasks.store import Store, layout
 from tasks.trainers import checkpoints
 from tasks.trainers.batches import Batch, Batches, Item, mask, pixels
@@ -36,10 +36,12 @@ from tasks.trainers.student import Place, Student
 SMOOTHED = 50  # steps whose mean is the loss that is told, and compared
 RUNAWAY = 3.0  # times the loss of the first steps: diverged
 BETAS = (0.9, 0.999)
-MOST_ENCODED, ENCODED_PIXELS = 8, 1024 * 1024  # by the VAE in one call
+MOST_ENCODED, ENCODED_PIXELS = 16, 1024 * 1024  # pictures or captions in one call; pixels in one of the VAE
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 log = logging.getLogger(__name__)
+
+_Read = tuple[int, Batch, Callable[[Item], torch.Tensor]]  # images in all processes, this one's, and their pixels
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class Training:
         self._mean = {name: p.detach().clone() for name, p in self._parameters.items()} if settings.ema else {}
         self._latents = Cache(cached and batches.cacheable)
         self._texts = Cache(cached and not self._learner.learns_texts)
+        self._together = min(MOST_ENCODED, max(dataset.batch_size for dataset in batches.datasets))
         self.record = Record()
 
     @property
@@ -158,31 +161,28 @@ class Training:
 
     # --- a step ----------------------------------------------------------------------------------------------------------
 
-    def _read(self, reader: ThreadPoolExecutor, number: int) -> "Future[tuple[Batch, Callable[[Item], torch.Tensor]]]":
+    def _read(self, reader: ThreadPoolExecutor, number: int) -> "Future[_Read]":
         """Have the pixels of a batch read, ahead of their turn, but for those whose latents are held."""
 
-        def read() -> tuple[Batch, Callable[[Item], torch.Tensor]]:
-            batch = self._share(self.batches.batch(number))
+        def read() -> _Read:
+            whole = self.batches.batch(number)
+            batch = Batch(whole.items[self._mine], whole.size)
             ready = {_key(item): pixels(item) for item in batch.items if _key(item) not in self._latents}
-            return batch, lambda item: ready[_key(item)] if _key(item) in ready else pixels(item)
+            return len(whole.items), batch, lambda item: ready[_key(item)] if _key(item) in ready else pixels(item)
 
         return reader.submit(read)
 
-    def _share(self, batch: Batch) -> Batch:
-        """This process's part of a batch: all of it where there is one process."""
-        return Batch(batch.items[self._mine], batch.size)
-
     @property
     def _mine(self) -> slice:
+        """This process's part of a batch: all of it where there is one process."""
         return slice(self._processes.process_index, None, self._processes.num_processes)
 
     def _autocast(self) -> Any:
         return torch.autocast(self._student.device.type, self._dtype)
 
-    def _learn(self, number: int, batch: Batch, read: Callable[[Item], torch.Tensor]) -> float:
-        """Add the gradient of a batch, over the number of batches in a step; its loss."""
+    def _learn(self, number: int, whole: int, batch: Batch, read: Callable[[Item], torch.Tensor]) -> float:
+        """Add the gradient of a batch of `whole` images in all processes, over the number of batches in a step; its loss."""
         settings, student, device = self.settings, self._student, self._student.device
-        whole = len(self.batches.batch(number).items)
         random = torch.Generator().manual_seed(_mixed(settings.seed, number, 1))
         objective = student.objective
         times = objective.draw(whole, settings.timesteps, random)
@@ -232,7 +232,7 @@ class Training:
 
         def compute(keys: list[Any]) -> list[tuple[torch.Tensor, ...]]:
             width, height = batch.size
-            some = min(MOST_ENCODED, max(1, ENCODED_PIXELS // (width * height)))
+            some = max(1, min(self._together, ENCODED_PIXELS // (width * height)))
             return _in_calls(
                 keys, some, lambda call: (self._student.moments(torch.stack([read(by_key[k]) for k in call])),)
             )
@@ -247,7 +247,7 @@ class Training:
 
         def compute(texts: list[str]) -> list[tuple[torch.Tensor, ...]]:
             with torch.no_grad():
-                return _in_calls(texts, TEXT_BATCH, self._student.texts)
+                return _in_calls(texts, self._together, self._student.texts)
 
         held = zip(*self._texts.get(captions, compute), strict=True)
         return tuple(torch.stack([tensor.to(self._student.device) for tensor in tensors]) for tensors in held)
@@ -309,11 +309,13 @@ class Training:
         for name, parameter in self._parameters.items():
             if moments := self._optimizer.state[parameter]:  # SDXL reads no embedding of its first encoder's last layer
                 tensors |= {f"{key}/{name}": moments[key] for key in MOMENTS}
+        self.record.scaler = self._scaler.state_dict()
         checkpoints.save(self.store, self.id, self.record, tensors)
         return self._samples()
 
     def _restore(self, record: Record, tensors: dict[str, torch.Tensor]) -> None:
         self.record = record
+        self._scaler.load_state_dict(record.scaler)
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(tensors[f"weight/{name}"])
@@ -390,9 +392,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def _mixed(*numbers: int) -> int:
     """A seed of several numbers."""
-    from tasks.identity import digest
-
-    return int(digest(list(numbers))[:15], 16)
+    return Random("/".join(map(str, numbers))).getrandbits(63)
 
 
 @contextmanager

@@ -158,7 +158,7 @@ def gradients(
     with training(model, store, asked, data) as running:
         for number in numbers:
             batch = running.batches.batch(number)
-            running._learn(number, batch, pixels)
+            running._learn(number, len(batch.items), batch, pixels)
         return {name: p.grad.clone() for name, p in running._parameters.items() if p.grad is not None}
 
 
