@@ -11,7 +11,7 @@ from typing import Any
 from flows import gate_steps, steps
 from flows.decide import decide
 from flows.parameters import Exam, Generation, Learning, Scoring, Workers
-from flows.pools import Pool, WorkerDied, open_pool
+from flows.pools import Pool, WorkerDied, absolute, open_pool
 from flows.progress import Training, stop_training
 from flows.steps import step
 from tasks.champions import ChampionChanged
@@ -63,6 +63,9 @@ def teach(
 ) -> Learnt:
     """`learn`, by one of the workers; where that one dies, another goes on. Call it inside a flow."""
     held_out = exam.sha256 if exam else None
+    if workers.runner == "ray":
+        sources = [absolute(source) for source in sources]
+        learning = learning.model_copy(update={"anchors": absolute(learning.anchors)})
     with open_pool(workers.model_copy(update={"workers": 1})) as pool:
         for left in reversed(range(STARTS)):
             pool.start(pool.idle[0], None, learn, store, recipe, sources, learning, held_out, name)

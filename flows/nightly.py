@@ -8,7 +8,6 @@ Starting it again with the same parameters goes on where it stopped: what the st
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from prefect import flow
@@ -19,7 +18,7 @@ from flows.decide import check_gate
 from flows.fanout import fan_out, mend_whole, whole
 from flows.learning import hold_out, learn_and_decide
 from flows.parameters import Budget, Exam, Generation, Learning, Policy, Scoring, Workers
-from flows.pools import check_workers, open_pool
+from flows.pools import check_workers, for_cluster, open_pool
 from tasks.accounting import in_words as cost_in_words
 from tasks.develop import Job
 from tasks.lift import LiftError, check_judge, in_words, judge_sample, require_lift
@@ -199,25 +198,6 @@ def in_rounds(
         more, spent = make(further)
         made += more
         plan = plan.and_then(further)
-
-
-def for_cluster(
-    store: str, generation: Generation, scoring: Scoring, workers: Workers
-) -> tuple[str, Generation, Scoring]:
-    """What means the same on a cluster's machines, whose workers begin in a folder of their own, as it does here.
-
-    The data type goes by the workers' devices, too: the machine that starts a run often has none.
-    """
-
-    def folder(model: str) -> str:
-        return str(Path(model).absolute()) if model and Path(model).is_dir() else model
-
-    dtype = generation.dtype if generation.dtype != "auto" else "bfloat16" if workers.gpus else "float32"
-    return (
-        store if "://" in store else str(Path(store).absolute()),
-        generation.model_copy(update={"model": folder(generation.model), "dtype": dtype}),
-        scoring.model_copy(update={"scorer": folder(scoring.scorer), "judge": folder(scoring.judge)}),
-    )
 
 
 def scheduled_date() -> str:

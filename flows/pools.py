@@ -21,7 +21,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTa
 from prefect.utilities.callables import get_call_parameters
 
 from flows import worker
-from flows.parameters import Workers
+from flows.parameters import Generation, Scoring, Workers
 from tasks.engines import DeviceFailed
 from tasks.errors import DarkroomError
 
@@ -232,6 +232,26 @@ def check_workers(workers: Workers, store: str) -> None:
             f"store '{store}' is in this process's own memory, which its workers (one for each GPU, or as many as --workers or "
             "Ray has) do not see: choose a folder or an object store"
         )
+
+
+def for_cluster(
+    store: str, generation: Generation, scoring: Scoring, workers: Workers
+) -> tuple[str, Generation, Scoring]:
+    """What means the same on a cluster's machines, whose workers begin in a folder of their own, as it does here.
+
+    The data type goes by the workers' devices, too: the machine that starts a run often has none.
+    """
+    dtype = generation.dtype if generation.dtype != "auto" else "bfloat16" if workers.gpus else "float32"
+    return (
+        store if "://" in store else str(Path(store).absolute()),
+        generation.model_copy(update={"model": absolute(generation.model), "dtype": dtype}),
+        scoring.model_copy(update={"scorer": absolute(scoring.scorer), "judge": absolute(scoring.judge)}),
+    )
+
+
+def absolute(name: str) -> str:
+    """A local file or folder by its whole path; what is none as it is."""
+    return str(Path(name).absolute()) if name and Path(name).exists() else name
 
 
 def open_pool(workers: Workers) -> Pool:

@@ -9,9 +9,8 @@ from prefect import flow
 
 from flows import attempts, gate_steps, steps
 from flows.decide import check_gate, decide
-from flows.nightly import for_cluster
 from flows.parameters import Exam, Generation, Scoring, Workers
-from flows.pools import check_workers
+from flows.pools import check_workers, for_cluster
 from tasks.release import check_name
 
 

@@ -4,8 +4,8 @@ from prefect import flow
 
 from flows import steps
 from flows.learning import teach
-from flows.parameters import Generation, Learning, Workers
-from flows.pools import check_workers
+from flows.parameters import Generation, Learning, Scoring, Workers
+from flows.pools import check_workers, for_cluster
 from tasks.learn import Learnt
 
 
@@ -35,6 +35,8 @@ def train(
     from tasks.engines.models import default_recipe
 
     check_workers(workers, store)
+    if workers.runner == "ray":
+        store, generation, _ = for_cluster(store, generation, Scoring(), workers)
     recipe = default_recipe(generation.model, **generation.chosen())
     exam = None
     if learning.exam_manifest:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from flows import nightly as flow
-from flows.nightly import for_cluster, nightly
+from flows.nightly import nightly
 from flows.parameters import Budget, Generation, Policy, Scoring, Workers
-from flows.pools import Pool, PoolError, check_workers
+from flows.pools import Pool, PoolError, check_workers, for_cluster
 from tasks.accounting import Spent, record
 from tasks.budget import BudgetSpent
 from tasks.engines import DeviceFailed, EngineError
