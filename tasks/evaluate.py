@@ -5,9 +5,11 @@ computed from, since most of them change with it.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +27,12 @@ from tasks.store.shards import read_images
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tasks.metrics.extractors import Inception, Lpips
     from tasks.scorers import Scorer
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 AT_ONCE = 256  # images decoded at a time
+PAIRED = 4  # images of a prompt that LPIPS compares, each with each
 
 
 class EvaluationError(DarkroomError):
@@ -107,11 +111,14 @@ def evaluate(
     reference: Shown | None,
     features: "Scorer",
     scorers: "Sequence[Scorer]" = (),
+    inception: "Inception | None" = None,
+    lpips: "Lpips | None" = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """All numbers, as JSON values: `measures` (Measure), and what they were asked of. Kept in the store; asked again, it is found.
 
-    `features` makes the embeddings; it and the `scorers` give CLIP scores. Raises EvaluationError, MetricError, CorruptObject.
+    `features` makes the embeddings; it and the `scorers` give CLIP scores. `inception` adds the Inception Score, and the FID and KID that
+    papers tell; `lpips` how unlike the images of a prompt look. Raises EvaluationError, MetricError, CorruptObject.
     """
     judges = {scorer.fingerprint: scorer for scorer in (features, *scorers)}
     asked = {
@@ -119,6 +126,8 @@ def evaluate(
         "reference": reference.digest if reference else None,
         "features": features.fingerprint,
         "scorers": sorted(judges),
+        "inception": inception.fingerprint if inception else None,
+        "lpips": lpips.fingerprint if lpips else None,
         "seed": seed,
     }
     key = layout.evaluation(digest(asked))
@@ -126,9 +135,12 @@ def evaluate(
         return store.read_json(key)
     vectors, cosines = _judged(shown, list(judges.values()))
     measures = [*_scores(shown, judges, cosines), *_diversity(shown, vectors[features.fingerprint], features.model)]
+    measures += _unlike(shown, lpips) if lpips else []
     if reference:
         theirs, _ = _judged(reference, [features])
         measures += _distances(vectors[features.fingerprint], theirs[features.fingerprint], features.model, seed)
+    if inception:
+        measures += _by_inception(shown, reference, inception, seed)
     facts = {
         "asked": asked,
         "images": {"name": shown.name, "count": len(shown.ids)},
@@ -188,6 +200,46 @@ def _distances(vectors: np.ndarray, theirs: np.ndarray, by: str, seed: int) -> l
     ]
 
 
+def _by_inception(shown: Shown, reference: Shown | None, inception: "Inception", seed: int) -> list[Measure]:
+    from tasks.metrics.distances import fid, inception_score, kid
+
+    features, probabilities = _seen(shown, inception)
+    score = inception_score(probabilities)
+    found = [Measure("Inception Score", score, len(shown.ids), better="higher", by=inception.model)]
+    if reference:
+        theirs, _ = _seen(reference, inception)
+        mean, deviation = kid(features, theirs, seed)
+        counts: dict[str, Any] = {"images": len(features), "reference": len(theirs)}
+        about = {**counts, "better": "lower", "by": inception.model}
+        found.append(Measure("FID", fid(features, theirs), **about))
+        found.append(Measure("KID", mean, deviation=deviation, **about))
+    return found
+
+
+def _unlike(shown: Shown, lpips: "Lpips") -> list[Measure]:
+    """The mean LPIPS of pairs of images of one prompt: PAIRED of a prompt, each with each, and of prompts their mean."""
+    of = dict(zip(shown.ids, shown.groups, strict=True))
+    waiting: dict[str, list[np.ndarray]] = {}
+    means, images_ = [], 0
+    left = Counter(shown.groups)
+    for id, pixels in _decoded(shown):
+        group = of[id]
+        left[group] -= 1
+        held = waiting.setdefault(group, [])
+        if len(held) < PAIRED and (not held or held[0].shape == pixels.shape):
+            held.append(pixels)
+        if left[group]:
+            continue
+        there = waiting.pop(group)
+        if len(there) > 1:
+            pairs = list(combinations(there, 2))
+            means.append(lpips.distances(*(np.stack(side) for side in zip(*pairs, strict=True))).mean())
+            images_ += len(there)
+    if not means:
+        return []
+    return [Measure("LPIPS within a prompt", float(np.mean(means)), images_, better="higher", by=lpips.model)]
+
+
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
@@ -205,14 +257,23 @@ def _judged(shown: Shown, judges: "list[Scorer]") -> tuple[dict[str, np.ndarray]
     return vectors, cosines
 
 
+def _seen(shown: Shown, inception: "Inception") -> tuple[np.ndarray, np.ndarray]:
+    """Features [n, d] and probabilities [n, classes], in the order of the ids."""
+    place = {id: at for at, id in enumerate(shown.ids)}
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    order: list[int] = []
+    for at, pixels in _in_sizes(shown, place):
+        found.append(inception.see(pixels))
+        order += at
+    back = np.argsort(order)
+    features, probabilities = (np.concatenate(parts)[back] for parts in zip(*found, strict=True))
+    return features, probabilities
+
+
 def _in_sizes(shown: Shown, place: dict[str, int]) -> "Iterator[tuple[list[int], np.ndarray]]":
     """Places and pixels uint8 [n, h, w, 3] of images of one size, AT_ONCE at most."""
     waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
-    for id, data in shown.read():
-        try:
-            pixels = images.decode(data)
-        except images.NotAnImage as error:
-            raise EvaluationError(f"image {id} of {shown.name}: {error}; take it out") from error
+    for id, pixels in _decoded(shown):
         same = waiting.setdefault(pixels.shape, [])
         same.append((place[id], pixels))
         if len(same) == AT_ONCE:
@@ -221,6 +282,15 @@ def _in_sizes(shown: Shown, place: dict[str, int]) -> "Iterator[tuple[list[int],
     for same in waiting.values():
         if same:
             yield [at for at, _ in same], np.stack([one for _, one in same])
+
+
+def _decoded(shown: Shown) -> "Iterator[tuple[str, np.ndarray]]":
+    """Ids and pixels uint8 [h, w, 3]. Raises EvaluationError."""
+    for id, data in shown.read():
+        try:
+            yield id, images.decode(data)
+        except images.NotAnImage as error:
+            raise EvaluationError(f"image {id} of {shown.name}: {error}; take it out") from error
 
 
 def _of_folder(folder: Path) -> Shown:

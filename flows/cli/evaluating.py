@@ -17,6 +17,16 @@ def evaluate(
         str | None, typer.Option(help="OpenCLIP model whose embeddings images are compared by.")
     ] = None,
     scorer: Annotated[str | None, typer.Option(help="Another one, for its CLIP score.")] = None,
+    inception: Annotated[
+        str | None,
+        typer.Option(
+            help="Weights of FID's Inception v3, for the Inception Score and the FID and KID that papers tell."
+        ),
+    ] = None,
+    lpips: Annotated[
+        str | None,
+        typer.Option(help="torchvision's weights of AlexNet, VGG16 or SqueezeNet 1.1, for LPIPS in a prompt."),
+    ] = None,
     samples: Annotated[int | None, typer.Option(min=2, help="So many images of each, by lot; else all.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the lot.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -30,7 +40,15 @@ def evaluate(
         found = flow(
             images=images,
             store=store,
-            **given(reference=reference, features=features, scorer=scorer, samples=samples, seed=seed),
+            **given(
+                reference=reference,
+                features=features,
+                scorer=scorer,
+                inception=inception,
+                lpips=lpips,
+                samples=samples,
+                seed=seed,
+            ),
         )
         if as_json:
             typer.echo(json.dumps(found, indent=2, ensure_ascii=False))

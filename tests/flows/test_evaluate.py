@@ -6,6 +6,8 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import torch
+import torchvision
 from typer.testing import CliRunner
 
 from flows.cli import app
@@ -97,6 +99,16 @@ def test_a_folder_is_measured_beside_a_release_and_everything_is_printed_with_it
     assert len(lines) == 6 and all("24" in line for line in lines)
     (fid,) = [line for line in lines if line.strip().startswith("FID")]
     assert abs(float(fid.split()[1])) < 0.001  # the same images
+
+
+def test_lpips_tells_how_unlike_the_images_of_a_prompt_look(store: Store, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "squeezenet.pth")
+    where = ["--store", store.url, "--features", JUDGE, "--lpips", str(tmp_path / "squeezenet.pth")]
+    (found,) = numbers("shapes@1", *where)["LPIPS within a prompt"]
+    assert found["images"] == 48 and found["value"] > 0
+    assert "squeeze" in told("shapes@1", *where)
+    assert "fetch it, and name it" in told("shapes@1", "--store", store.url, "--inception", "nowhere.pth", code=1)
 
 
 def test_what_cannot_be_measured_says_why(store: Store, tmp_path: Path) -> None:
