@@ -39,7 +39,7 @@ def learn(store: str, recipe: Recipe, sources: list[str], learning: Learning, ex
     from tasks.learn import learn_from
 
     worker.settle()
-    with Training(recipe.model) as progress:
+    with Training(recipe.model, Store(store)) as progress:
         return learn_from(Store(store), recipe, sources, **rules(store, learning, exam), told=progress.told, name=name)
 
 

@@ -4,7 +4,7 @@ import contextvars
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
@@ -12,7 +12,8 @@ from typing import Any, Self
 from httpx import HTTPError
 
 from flows import worker
-from tasks.errors import Stopped
+from tasks.errors import DarkroomError, Stopped
+from tasks.store import Store
 
 _current: "Progress | None" = None
 
@@ -127,16 +128,17 @@ class Progress:
 
 
 class Training:
-    """Shows the steps of a training, its loss and the time left: a bar in the terminal, an artifact in the Prefect UI."""
+    """Shows the steps of a training, its loss and the time left: a bar in the terminal, an artifact in the Prefect UI, where the
+    sample images of each checkpoint are seen, too."""
 
     PUBLISH_SECONDS = 5.0
 
-    def __init__(self, model: str):
+    def __init__(self, model: str, store: Store):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
 
-        self.title = f"{model} learns"
+        self.title, self._store = f"{model} learns", store
         self._bar = Bar(
             TextColumn("  learning  "),
             BarColumn(bar_width=32),
@@ -161,11 +163,28 @@ class Training:
             self._published = time.monotonic()
             with suppress(HTTPError):
                 self._context.run(self._publish, 100 * progress.step / progress.steps, f"{self.title}: {words}")
+        if progress.samples:
+            with suppress(HTTPError, DarkroomError, OSError):  # they are to look at: no reason to stop
+                self._context.run(self._publish_samples, progress.step, progress.samples)
 
     def _publish(self, percent: float, description: str) -> None:
         from prefect.artifacts import update_progress_artifact
 
         update_progress_artifact(self._artifact, progress=percent, description=description)
+
+    def _publish_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        from prefect.artifacts import create_markdown_artifact
+
+        from tasks.report.contact_sheet import contact_sheet, embedded
+        from tasks.store.images import decode
+
+        shown = [
+            (decode(self._store.read(key)), f"{number}\n{prompt}") for number, (prompt, key) in enumerate(samples, 1)
+        ]
+        create_markdown_artifact(
+            f"# After {step} steps\n\n{embedded(contact_sheet(shown), 'samples')}\n",
+            description=f"{self.title}: samples after {step} steps",
+        )
 
     def __enter__(self) -> Self:
         from prefect.artifacts import create_progress_artifact

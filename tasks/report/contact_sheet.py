@@ -1,5 +1,6 @@
 """Contact sheets: a few images on one small PNG, with captions, to look at where the images themselves are far away."""
 
+import base64
 import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -32,6 +33,11 @@ def contact_sheet(
         if len(data) <= MAX_BYTES:
             break
     return data
+
+
+def embedded(png: bytes, title: str) -> str:
+    """A picture that stands in the markdown itself."""
+    return f"![{title}](data:image/png;base64,{base64.b64encode(png).decode()})"
 
 
 def _draw(images: Sequence[tuple["np.ndarray", str]], columns: int, thumb: int, title: str) -> Image.Image:

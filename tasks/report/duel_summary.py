@@ -1,11 +1,10 @@
 """The summary of a duel that Prefect shows: the verdict rule by rule, the strata, and the sheet."""
 
-import base64
-
 from tasks.champions import Champion
 from tasks.duel import Decision
 from tasks.duel_rules import Finding
 from tasks.lift import signed
+from tasks.report.contact_sheet import embedded
 from tasks.report.duel_sheet import shrunk
 from tasks.report.summary import plain
 from tasks.store import Store, layout
@@ -21,13 +20,13 @@ def duel_markdown(store: Store, name: str, decision: Decision, crowned: Champion
     else:
         outcome = "The champion stays."
     sides = {side: _worn(recipe) for side, recipe in facts["recipes"].items()}
-    sheet = base64.b64encode(shrunk(store.read(layout.duel_sheet(facts["duel"])))).decode()
+    sheet = shrunk(store.read(layout.duel_sheet(facts["duel"])))
     parts = [
         f"# {plain(name)}: {sides['challenger']} against {sides['champion']}\n\n**{outcome}** Judge: "
         f"{plain(facts['judge']['model'])}. Run `{facts['run']}`, decided {facts['decided_at']}.",
         "| rule | holds | what was found |\n|---|---|---|\n" + "\n".join(_row(f) for f in decision.verdict.findings),
         _strata(numbers.get("strata", [])),
-        f"## Side by side\n\n![champion on the left, challenger on the right](data:image/png;base64,{sheet})",
+        f"## Side by side\n\n{embedded(sheet, 'champion on the left, challenger on the right')}",
         f"Evidence: `{store.uri(layout.promotion(facts['duel']))}`",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

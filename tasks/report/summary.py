@@ -1,6 +1,5 @@
 """The summary of a run that Prefect shows: markdown with the numbers and two contact sheets."""
 
-import base64
 import re
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from tasks.lift import Lift
 from tasks.lift import in_words as lift_in_words
 from tasks.references import PlanRef, ReleaseRef, Selection
 from tasks.report import figures, showcase
-from tasks.report.contact_sheet import contact_sheet
+from tasks.report.contact_sheet import contact_sheet, embedded
 from tasks.select import Policy
 from tasks.store import Store
 from tasks.store.images import decode
@@ -122,7 +121,7 @@ def _section(title: str, sheet: Sheet, count: int) -> str:
     if not sheet.rows:
         return f"## {title}\n\nNone."
     shown = f"{len(sheet.rows)} of {count:,}" if len(sheet.rows) < count else f"all {count:,}"
-    image = f"![{title}: {shown}](data:image/png;base64,{base64.b64encode(sheet.png).decode()})"
+    image = embedded(sheet.png, f"{title}: {shown}")
     rows = "\n".join(_row(number, *row) for number, row in enumerate(sheet.rows, 1))
     return f"## {title}\n\nShowing {shown}.\n\n{image}\n\n| # | score | prompt | reason |\n|---:|---:|---|---|\n{rows}"
 

@@ -52,7 +52,7 @@ class Progress:
     steps: int
     loss: float  # mean of the latest SMOOTHED steps
     rate: float  # steps/s, of this start
-    samples: tuple[str, ...] = ()  # keys of images just made
+    samples: tuple[tuple[str, str], ...] = ()  # images just made: prompt, key
 
     @property
     def seconds_left(self) -> float:
@@ -149,7 +149,7 @@ class Training:
                 self._change(step)
                 done = self.record.step = step + 1
                 self.record.seconds = before + time.monotonic() - started
-                samples: tuple[str, ...] = ()
+                samples: tuple[tuple[str, str], ...] = ()
                 if done % settings.checkpoint_every == 0 or done == settings.steps:
                     samples = self._checkpoint()
                 told(Progress(done, settings.steps, self.loss, (done - first) / (time.monotonic() - started), samples))
@@ -301,7 +301,7 @@ class Training:
 
     # --- its state -------------------------------------------------------------------------------------------------------
 
-    def _checkpoint(self) -> tuple[str, ...]:
+    def _checkpoint(self) -> tuple[tuple[str, str], ...]:
         if not self._processes.is_main_process:
             return ()
         tensors: dict[str, torch.Tensor] = {f"weight/{name}": parameter for name, parameter in self._parameters.items()}
@@ -328,14 +328,14 @@ class Training:
                 mean.copy_(tensors[f"mean/{name}"])
         log.info("training %s goes on after step %d", self.id, record.step)
 
-    def _samples(self) -> tuple[str, ...]:
-        """Images of the sample prompts, as the model is now; their keys."""
+    def _samples(self) -> tuple[tuple[str, str], ...]:
+        """Images of the sample prompts, as the model is now: prompts and keys."""
         import io
 
         prompts = self.settings.samples
         if not prompts:
             return ()
-        keys = []
+        made = []
         defaults = self._student.folder.defaults
         with self._as_kept(), torch.inference_mode():
             for number, prompt in enumerate(prompts):
@@ -345,9 +345,10 @@ class Training:
                 ).images
                 data = io.BytesIO()
                 image.save(data, "PNG")
-                keys.append(layout.training_sample(self.id, self.record.step, number))
-                self.store.write(keys[-1], data.getvalue())
-        return tuple(keys)
+                key = layout.training_sample(self.id, self.record.step, number)
+                self.store.write(key, data.getvalue())
+                made.append((prompt, key))
+        return tuple(made)
 
     @contextmanager
     def _as_kept(self) -> Iterator[None]:

@@ -152,9 +152,12 @@ def test_a_training_that_diverges_loses_nothing(first: tuple[Store, dict[str, An
 
 
 def test_the_command_line_trains_and_gives_the_files(first: tuple[Store, dict[str, Any]], tmp_path: Path) -> None:
+    from prefect.client.orchestration import get_client
+
     store, _ = first
     command = ["train", "shapes@1", "--store", store.url, "--model", MODEL, "--name", "my shapes", "--held-out", "0.3"]
     command += ["-o", "steps=4", "-o", "batch_size=2", "-o", "rank=2", "-o", "alpha=3", "--to", str(tmp_path)]
+    command += ["-o", "sample_prompts=a large red circle|a small blue star"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     files = sorted(tmp_path.iterdir())
@@ -162,6 +165,9 @@ def test_the_command_line_trains_and_gives_the_files(first: tuple[Store, dict[st
     assert all(str(file) in result.output for file in files)
     ours, theirs = map(read_adapter, files)
     assert ours.digest == theirs.digest and set(ours.alphas.values()) == {3.0}  # type: ignore[union-attr]
+    with get_client(sync_client=True) as client:
+        shown = [str(artifact.data) for artifact in client.read_artifacts() if artifact.type == "markdown"]
+    assert any(data.startswith("# After 4 steps") and "data:image/png;base64," in data for data in shown)
 
     wrong = CliRunner().invoke(app, ["train", "shapes@1", "--store", store.url, "-o", "ranks=2"])
     assert wrong.exit_code == 1 and "did you mean rank?" in wrong.output

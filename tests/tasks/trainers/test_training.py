@@ -294,6 +294,8 @@ def test_dreambooth_makes_its_class_once_and_mixes_it_in(sd: str, store: Store) 
 def test_samples_are_made_at_checkpoints(sd: str, store: Store) -> None:
     told: list[Progress] = []
     done = train(sd, datasets(), settings(sample_prompts="a dog | a cat"), store, told.append)
-    keys = [key for progress in told for key in progress.samples]
+    samples = [sample for progress in told for sample in progress.samples]
+    assert [prompt for prompt, _ in samples] == ["a dog", "a cat"] * 2
+    keys = [key for _, key in samples]
     assert keys == [layout.training_sample(done.training, step, number) for step in (2, 4) for number in (0, 1)]
     assert all(store.read(key).startswith(b"\x89PNG") for key in keys)
