@@ -33,7 +33,7 @@ from tasks.champions import adapter_of, current, worn
 from tasks.engines import Adapter, Order, Recipe, open_engine
 from tasks.engines.models import default_recipe
 from tasks.learn import learn, settings_for
-from tasks.lessons import of_releases
+from tasks.lessons import Safeguards, of_releases
 from tasks.metrics.paired import paired_bootstrap
 from tasks.store import Store, layout, snapshots
 
@@ -87,7 +87,7 @@ def control(store: Store, run: str, exam: pl.Series) -> Adapter:
         snapshots.commit(store, layout.dataset("by-lot"), 1, snapshot)
     settings = settings_for(MODEL)
     asked = is_asked(pl.col("prompt"), exam)
-    lessons = of_releases(store, [("by-lot", 1)], (64, 64), settings.batch_size, held_out=asked)
+    lessons = of_releases(store, [("by-lot", 1)], (64, 64), settings.batch_size, Safeguards(asked))
     return adapter_of(store, learn(store, MODEL, lessons, settings).adapter)
 
 

@@ -14,14 +14,15 @@ from flows.parameters import Exam, Generation, Learning, Scoring, Workers
 from flows.pools import Pool, WorkerDied, absolute, open_pool
 from flows.progress import Training, stop_training
 from flows.steps import step
+from tasks.adapters import ChangesNothing
 from tasks.champions import ChampionChanged
 from tasks.engines import Recipe
 from tasks.learn import Learnt
-from tasks.lessons import LessonError
+from tasks.lessons import LessonError, Safeguards
 from tasks.lineage import Events
 from tasks.references import ManifestRef, ReleaseRef
 from tasks.store import Store, layout
-from tasks.trainers import Diverged
+from tasks.trainers import BucketError, PictureError, TrainingError
 
 STARTS = 3  # of a training whose worker dies; each goes on from the last checkpoint
 LOOK_SECONDS = 0.5
@@ -40,16 +41,17 @@ def learn(store: str, recipe: Recipe, sources: list[str], learning: Learning, ex
 
     worker.settle()
     with Training(recipe.model, Store(store)) as progress:
-        return learn_from(Store(store), recipe, sources, **rules(store, learning, exam), told=progress.told, name=name)
+        safeguards = safeguards_of(store, learning, exam)
+        return learn_from(Store(store), recipe, sources, learning.options, safeguards, progress.told, name)
 
 
-def rules(store: str, learning: Learning, exam: str | None) -> dict[str, Any]:
-    """What `learn_from` is told of a form."""
+def safeguards_of(store: str, learning: Learning, exam: str | None) -> Safeguards:
+    """As a form asks for them. Raises DatasetFileError: its anchors."""
+    from tasks.kohya import read_toml
+
     held_out = gate_steps.not_to_be_learnt(Store(store), exam, learning.held_out)
-    return {
-        "held_out": held_out,
-        **learning.model_dump(include={"options", "anchors", "anchor_share", "most_generations"}),
-    }
+    anchors = tuple(read_toml(learning.anchors)) if learning.anchors else ()
+    return Safeguards(held_out, learning.most_generations, anchors, learning.anchor_share)
 
 
 def teach(
@@ -130,7 +132,7 @@ def learn_and_decide(
             duel = decide(store, name, challenger, recipe, prompts, generation, scoring, exam, workers)
             found["duel"] = duel
             event.outputs += [duel["evidence"]] if "evidence" in duel else []
-    except (LessonError, Diverged, ChampionChanged) as error:
+    except (LessonError, BucketError, PictureError, TrainingError, ChangesNothing, ChampionChanged) as error:
         log.warning("%s", error)
         found["nothing"] = str(error)
     return found

@@ -8,7 +8,6 @@ there. Files are renamed into place, so a killed export goes on with the same co
 
 import io
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from tasks.errors import DarkroomError
 from tasks.identity import digest
 from tasks.runs import find_run
 from tasks.store import CorruptObject, Store, layout, snapshots
+from tasks.trainers.buckets import bounds
 from tasks.trainers.captions import one_line
 
 FORMATS = ("kohya",)
@@ -30,8 +30,6 @@ FACTS, DATASET_FILE = "darkroom.json", "dataset.toml"
 TEMPORARY = ".darkroom-"  # how files begin that are not in place yet
 COLUMNS = ("candidate_id", "prompt", "width", "height", "image")
 AT_A_TIME = 64  # images decoded from a file of the release
-KOHYA_STEPS = 64  # of bucket sizes in pixels, as Kohya's trainer of SD asks
-KOHYA_SIDES = (256, 1024)  # its defaults for the sides of buckets
 
 
 class ExportError(DarkroomError):
@@ -155,7 +153,6 @@ def _dataset_toml(release: str, folder: Path, sizes: Counter[tuple[int, int]]) -
     upscaling.
     """
     width, height = max(sizes, key=lambda size: size[0] * size[1])
-    sides = [side for size in sizes for side in size]
     lines = [
         f"# {release}: {sizes.total():,} images, exported by Darkroom.",
         "# Kohya resolves a relative image_dir from where it is started: after moving this folder, write its new place here.",
@@ -165,14 +162,8 @@ def _dataset_toml(release: str, folder: Path, sizes: Counter[tuple[int, int]]) -
         "batch_size = 1",
     ]
     if len(sizes) > 1:
-        steps = KOHYA_STEPS if min(sides) >= KOHYA_SIDES[0] else math.gcd(KOHYA_STEPS, *sides)
-        lines += [
-            "enable_bucket = true",
-            "bucket_no_upscale = true",
-            f"min_bucket_reso = {min(KOHYA_SIDES[0], *sides)}",
-            f"max_bucket_reso = {max(KOHYA_SIDES[1], *sides)}",
-            f"bucket_reso_steps = {steps}",
-        ]
+        lines += ["enable_bucket = true", "bucket_no_upscale = true"]
+        lines += [f"{name} = {value}" for name, value in bounds(list(sizes)).items()]
     lines += [
         "",
         "[[datasets.subsets]]",

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ from tasks.adapters.cards import Facts, load_card, write_adapter
 from tasks.engines import Recipe
 from tasks.engines.models import ModelFolder, locate, model_digest
 from tasks.errors import DarkroomError
-from tasks.lessons import Lessons, of_sources
+from tasks.lessons import Lessons, Safeguards, of_sources
 from tasks.runs import library_versions
 from tasks.store import Store, layout
 from tasks.store.objects import parquet_bytes
@@ -21,6 +22,9 @@ from tasks.store.objects import parquet_bytes
 if TYPE_CHECKING:
     from tasks.trainers import Settings
     from tasks.trainers.training import Progress
+
+
+MOST_TAGS = 500  # of a folder in a file's header
 
 
 class SettingsError(DarkroomError):
@@ -60,11 +64,11 @@ class Learnt:
 def settings_for(model: str, options: str = "") -> "Settings":
     """How a model is trained: as its own folder says (darkroom.json, `training`), but for the options, as `rank=8, steps=300`.
 
-    Raises SettingsError, EngineError (no such model).
+    Raises SettingsError, TrainingError (the model cannot learn like that), EngineError (no such model).
     """
     from pydantic import ValidationError
 
-    from tasks.trainers import Settings
+    from tasks.trainers import Settings, check_fits
 
     given = _given(options)
     known = list(Settings.model_fields)
@@ -72,8 +76,9 @@ def settings_for(model: str, options: str = "") -> "Settings":
         near = difflib.get_close_matches(unknown[0], known, 1)
         meant = f" (did you mean {near[0]}?)" if near else ""
         raise SettingsError(f"a training has no setting '{unknown[0]}'{meant}; there are {', '.join(known)}")
+    folder = ModelFolder(locate(model))
     try:
-        return Settings.model_validate({**ModelFolder(locate(model)).training, **given})
+        settings = Settings.model_validate({**folder.training, **given})
     except ValidationError as error:
         told = "; ".join(
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}, received {problem['input']!r}"
@@ -82,6 +87,8 @@ def settings_for(model: str, options: str = "") -> "Settings":
             for problem in error.errors()
         )
         raise SettingsError(f"the settings of the training are wrong: {told}") from error
+    check_fits(settings, folder)
+    return settings
 
 
 def _given(options: str) -> dict[str, str]:
@@ -123,11 +130,12 @@ def learn(
         training=trained.training,
         trigger=trained.trigger,
         rank=None if settings.method == "textual_inversion" else settings.rank,
-        settings=settings.model_dump(mode="json"),
+        settings=settings.model_dump(mode="json") | {"dtype": trained.dtype},
         steps=trained.steps,
         seconds=trained.seconds,
         seed=settings.seed,
         images=lessons.images,
+        header=_listed_elsewhere(lessons),
         learned_from=list(lessons.learned_from),
         generation_depth=lessons.generation_depth,
         versions=library_versions(),
@@ -149,21 +157,35 @@ def learn(
     )
 
 
+def _listed_elsewhere(lessons: Lessons) -> dict[str, Any]:
+    """What A1111 and others list of a file of Kohya's: its folders, with repeats, images and how often which tag stands in a caption."""
+    sources = {row["picture"]: (row["source"], row["repeats"]) for row in lessons.seen.iter_rows(named=True)}
+    folders: dict[str, dict[str, int]] = {}
+    tags: dict[str, Counter[str]] = {}
+    for picture in (p for dataset in lessons.datasets for subset in dataset.subsets for p in subset.pictures):
+        source, repeats = sources[picture.id]
+        name = f"{repeats}_{Path(source).name}"  # as Kohya names folders
+        folders.setdefault(name, {"n_repeats": repeats, "img_count": 0})["img_count"] += 1
+        tags.setdefault(name, Counter()).update(filter(None, (tag.strip() for tag in picture.caption.split(","))))
+    shown = {name: dict(counts.most_common(MOST_TAGS)) for name, counts in tags.items()}
+    return {"ss_dataset_dirs": folders, "ss_tag_frequency": shown}
+
+
 def learn_from(
     store: Store,
     recipe: Recipe,
     sources: Sequence[str],
     options: str = "",
+    safeguards: Safeguards = Safeguards(),  # noqa: B008  (immutable)
     told: "Callable[[Progress], None]" = lambda progress: None,
     name: str = "",
-    **safeguards: Any,
 ) -> Learnt:
     """`learn` for a recipe's model and size, from releases (`name@version`) and Kohya dataset files (`….toml`).
 
-    `options` as in `settings_for`, `safeguards` as in `of_sources`. Raises what these three raise.
+    `options` as in `settings_for`. Raises what `settings_for`, `of_sources` and `learn` raise.
     """
     settings = settings_for(recipe.model, options)
-    lessons = of_sources(store, sources, (recipe.width, recipe.height), settings.batch_size, **safeguards)
+    lessons = of_sources(store, sources, (recipe.width, recipe.height), settings.batch_size, safeguards)
     return learn(store, recipe.model, lessons, settings, told, name)
 
 

@@ -5,10 +5,12 @@ each stratum about as often as the largest; a share of anchor data that no model
 and no image that is too many generations away from the base (DESIGN §7).
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
+from threading import Lock
 from typing import Any
 
 import polars as pl
@@ -21,11 +23,12 @@ from tasks.identity import digest
 from tasks.runs import find_run, load_recipe
 from tasks.store import AT_ONCE, Store, layout, snapshots
 from tasks.store.shards import read_images, read_index
+from tasks.trainers.buckets import bounds
 from tasks.trainers.pictures import Dataset, Picture, Subset
 
 MOST_REPEATS = 10  # of a picture in an epoch: what a rare stratum, or few anchors, are repeated at most
 FEWEST_IMAGES = 8  # less would be learnt by heart
-PARTS_HELD = 16  # of images, in memory at once
+MOST_BYTES = 2**30  # of image files in memory at once
 LEDGER_COLUMNS = ["candidate_id", "prompt_id", "recipe_id", "stratum", "verdict", "part"]
 NOBODY = pl.lit(False)
 ANCHOR = "anchor"  # source of a picture that no model made
@@ -40,12 +43,22 @@ class TooDeep(LessonError):
 
 
 @dataclass(frozen=True)
+class Safeguards:
+    """What keeps the gate's questions unknown, and a model from learning from itself until it collapses."""
+
+    held_out: pl.Expr = NOBODY  # which of a column `prompt` are never learnt from
+    most_generations: int = 3  # an image of this generation, or a later one, is left out
+    anchors: Sequence[Dataset] = ()  # pictures no model made …
+    anchor_share: float = 0.25  # … and how much of an epoch they are, as far as repeating each MOST_REPEATS times goes
+
+
+@dataclass(frozen=True)
 class Lessons:
     """What a trainer is given, and where it comes from."""
 
     datasets: tuple[Dataset, ...]
     seen: pl.DataFrame  # tables.LESSONS: each picture
-    learned_from: tuple[dict[str, str | int], ...]  # as lineage records it
+    learned_from: tuple[dict[str, Any], ...]  # as lineage records it
     generation_depth: int  # of an adapter that learns from this
     held_out: int = 0  # approved images left out, since the gate asks their prompts
     too_deep: int = 0  # and since they are too many generations away
@@ -66,14 +79,11 @@ def of_sources(
     sources: Sequence[str],
     resolution: tuple[int, int],
     batch_size: int,
-    *,
-    anchors: str = "",
-    **safeguards: Any,
+    safeguards: Safeguards = Safeguards(),
 ) -> Lessons:
     """What is learnt from releases (`name@version`, or `name` for all of that name) and Kohya dataset files (`….toml`) together.
 
-    `anchors`: another such file; `safeguards`, resolution and batch size as in `of_releases`, which they are for: a dataset file has
-    its own. Raises LessonError, TooDeep, DatasetFileError, RunNotFound, Missing, CorruptObject.
+    Safeguards, resolution and batch size are for releases, a dataset file has its own. Raises LessonError, TooDeep, DatasetFileError, RunNotFound, Missing, CorruptObject.
     """
     from tasks.kohya import read_toml
 
@@ -83,10 +93,11 @@ def of_sources(
         raise LessonError("nothing is named to learn from: give releases, such as demo@1, or Kohya dataset files")
     parts = [of_datasets(read_toml(file), file) for file in files]
     if releases:
-        real = read_toml(anchors) if anchors else ()
-        parts.append(of_releases(store, releases, resolution, batch_size, anchors=real, **safeguards))
-    elif anchors:
-        raise LessonError(f"anchors '{anchors}' stand beside releases, and none is named: add them as a dataset file")
+        parts.append(of_releases(store, releases, resolution, batch_size, safeguards))
+    elif safeguards.anchors:
+        raise LessonError(
+            "anchors stand beside releases, and none is named: add their dataset file as one to learn from"
+        )
     return Lessons(
         datasets=tuple(dataset for part in parts for dataset in part.datasets),
         seen=pl.concat([part.seen for part in parts]),
@@ -110,18 +121,10 @@ def of_releases(
     releases: Sequence[tuple[str, int]],
     resolution: tuple[int, int],
     batch_size: int,
-    *,
-    held_out: pl.Expr = NOBODY,
-    most_generations: int = 3,
-    anchors: Sequence[Dataset] = (),
-    anchor_share: float = 0.25,
+    safeguards: Safeguards = Safeguards(),
 ) -> Lessons:
-    """What is learnt from the approved images of releases, at `resolution` (width, height in pixels).
-
-    `held_out` tells of a column `prompt` which ones are never learnt from. An image of generation `most_generations` or more is
-    left out. `anchors` are pictures no model made; they become `anchor_share` of what is seen in an epoch, as far as repeating each
-    MOST_REPEATS times goes. Raises LessonError, TooDeep, Missing, CorruptObject.
-    """
+    """What is learnt from the approved images of releases, at about the area of `resolution` (width, height in pixels): an image of
+    another shape keeps its own. Raises LessonError, TooDeep, Missing, CorruptObject."""
     named = list(dict.fromkeys(releases))
     runs = [find_run(store, f"{name}@{version}") for name, version in named]
     found = [
@@ -129,37 +132,45 @@ def of_releases(
         for number, (release, run) in enumerate(zip(named, runs, strict=True))
     ]
     rows = pl.concat(found).unique("candidate_id", keep="first", maintain_order=True)  # a reselected run releases again
-    depths = {recipe: depth_of(store, load_recipe(store, recipe)) for recipe in rows["recipe_id"].unique()}
+    recipes = {recipe: load_recipe(store, recipe) for recipe in rows["recipe_id"].unique()}
+    depths = {id: depth_of(store, recipe) for id, recipe in recipes.items()}
     rows = rows.with_columns(
-        depth=pl.col("recipe_id").replace_strict(depths, return_dtype=pl.Int64, default=None), held_out=held_out
+        depth=pl.col("recipe_id").replace_strict(depths, return_dtype=pl.Int64, default=None),
+        held_out=safeguards.held_out,
     )
-    deep = pl.col("depth") >= most_generations
+    deep = pl.col("depth") >= safeguards.most_generations
     kept = rows.filter(~pl.col("held_out"), ~deep)
     left_out = {
         "held_out": rows.filter("held_out").height,
         "too_deep": rows.filter(~pl.col("held_out"), deep).height,
     }
-    _check_enough(kept, left_out, named, most_generations)
+    _check_enough(kept, left_out, named, safeguards.most_generations)
 
     strata = kept.partition_by("stratum", maintain_order=True)
     largest = max(part.height for part in strata)
+    parts = _Parts(store, kept)
     subsets = [
-        Subset(tuple(_pictures(store, part)), num_repeats=min(MOST_REPEATS, round(largest / part.height)))
+        Subset(tuple(_pictures(parts, part)), num_repeats=min(MOST_REPEATS, round(largest / part.height)))
         for part in strata
     ]
-    anchoring = anchored(anchors, sum(len(subset.pictures) * subset.num_repeats for subset in subsets), anchor_share)
-    sizes = kept.select("width", "height").unique()
+    seen = sum(len(subset.pictures) * subset.num_repeats for subset in subsets)
+    anchoring = anchored(safeguards.anchors, seen, safeguards.anchor_share)
     sources = dict(kept.select("candidate_id", "source").iter_rows())
-    counts = dict(kept["release"].value_counts().iter_rows())
-    learned_from: list[dict[str, str | int]] = [
-        {"dataset": name, "version": version, "run": run, "images": counts[number]}
+    learned_from: list[dict[str, Any]] = [
+        {
+            "dataset": name,
+            "version": version,
+            "run": run,
+            "images": own.height,
+            "guidance": sorted({recipes[id].guidance for id in own["recipe_id"].unique()}),
+        }
         for number, ((name, version), run) in enumerate(zip(named, runs, strict=True))
-        if number in counts
+        if (own := kept.filter(pl.col("release") == number)).height
     ]
     if anchoring:
         learned_from.append({"anchors": sum(len(subset.pictures) for subset in anchoring)})
     return Lessons(
-        datasets=(Dataset((*subsets, *anchoring), resolution, batch_size, enable_bucket=sizes.height > 1),),
+        datasets=(Dataset((*subsets, *anchoring), resolution, batch_size, **bucket_options(kept, resolution)),),
         seen=_seen([*subsets, *anchoring], lambda picture: sources.get(picture.id, ANCHOR)),
         learned_from=tuple(learned_from),
         generation_depth=1 + int(kept["depth"].max()),  # type: ignore[arg-type]
@@ -245,21 +256,44 @@ def _check_enough(kept: pl.DataFrame, left_out: dict[str, int], named: list[tupl
     raise LessonError(f"{told}; at least {FEWEST_IMAGES} are needed. Make more candidates, or hold out fewer prompts")
 
 
-def _pictures(store: Store, rows: pl.DataFrame) -> list[Picture]:
-    """The images of candidates; a part is read when one of its images is wanted, and the latest few are held."""
+def bucket_options(kept: pl.DataFrame, resolution: tuple[int, int]) -> dict[str, Any]:
+    """Options of a dataset in which images of another shape than the resolution's keep theirs."""
+    sizes = [(width, height) for width, height in kept.select("width", "height").unique().iter_rows()]
+    if all(width * resolution[1] == height * resolution[0] for width, height in sizes):
+        return {}
+    return {"enable_bucket": True, "bucket_no_upscale": True, **bounds([*sizes, resolution])}
 
-    @lru_cache(maxsize=PARTS_HELD)
-    def images(part: str) -> dict[str, bytes]:
-        return dict(read_images(store, rows.filter(pl.col("part") == part)))
 
-    def reader(part: str, candidate: str) -> Callable[[], bytes]:
-        return lambda: images(part)[candidate]
+class _Parts:
+    """The image files of candidates, part by part: a part is read when one of its images is wanted, the latest are held."""
 
+    def __init__(self, store: Store, rows: pl.DataFrame):
+        self._store, self._rows = store, rows
+        self._held: OrderedDict[str, dict[str, bytes]] = OrderedDict()
+        self._bytes = 0
+        self._lock = Lock()
+
+    def image(self, part: str, candidate: str) -> bytes:
+        with self._lock:
+            if part not in self._held:
+                self._held[part] = dict(read_images(self._store, self._rows.filter(pl.col("part") == part)))
+                self._bytes += _size(self._held[part])
+                while self._bytes > MOST_BYTES and len(self._held) > 1:
+                    self._bytes -= _size(self._held.popitem(last=False)[1])
+            self._held.move_to_end(part)
+            return self._held[part][candidate]
+
+
+def _size(images: dict[str, bytes]) -> int:
+    return sum(map(len, images.values()))
+
+
+def _pictures(parts: _Parts, rows: pl.DataFrame) -> list[Picture]:
     return [
-        Picture(
-            row["candidate_id"], row["prompt"], row["width"], row["height"], reader(row["part"], row["candidate_id"])
-        )
-        for row in rows.iter_rows(named=True)
+        Picture(id, prompt, width, height, partial(parts.image, part, id))
+        for id, prompt, width, height, part in rows.select(
+            "candidate_id", "prompt", "width", "height", "part"
+        ).iter_rows()
     ]
 
 

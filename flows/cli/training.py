@@ -78,7 +78,7 @@ def train(
 
 def _beside_others(sources: list[str], store: str, name: str, generation: Any, learning: Any) -> Any:
     """The training without Prefect, which would see a flow run for each process. All of them put the same adapter."""
-    from flows.learning import rules
+    from flows.learning import safeguards_of
     from tasks.engines.models import default_recipe, token_limits
     from tasks.ingest import ingest
     from tasks.learn import learn_from
@@ -88,4 +88,5 @@ def _beside_others(sources: list[str], store: str, name: str, generation: Any, l
     if learning.exam_manifest:
         exam = ingest(learning.exam_manifest, Store(store), token_limits(generation.model)).sha256
     recipe = default_recipe(generation.model, **generation.chosen())
-    return learn_from(Store(store), recipe, sources, **rules(store, learning, exam), name=name)
+    safeguards = safeguards_of(store, learning, exam)
+    return learn_from(Store(store), recipe, sources, learning.options, safeguards, name=name)

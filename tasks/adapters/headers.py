@@ -33,7 +33,6 @@ _SETTINGS = {
     "ss_gradient_accumulation_steps": "accumulation",
     "ss_gradient_checkpointing": "checkpointing",
     "ss_lr_warmup_steps": "warmup",
-    "ss_epoch": "epochs",
 }
 
 
@@ -108,7 +107,6 @@ def _kohya(weights: Weights, facts: "Facts") -> dict[str, str]:
         "ss_steps": facts.steps,
         "ss_max_train_steps": facts.steps,
         "ss_seed": facts.seed,
-        "ss_datasets": facts.learned_from,
     }
     fields |= {name: facts.settings[own] for name, own in _SETTINGS.items() if facts.settings.get(own) is not None}
     if "ss_mixed_precision" in fields:

@@ -152,6 +152,15 @@ def open_engine(model: str, dtype: str, batch_size: int) -> Engine:
     return _open(model, dtype, batch_size)
 
 
+@on_model_thread
+def close_engine() -> None:
+    """Let go of the engine that is held, and of its memory."""
+    from tasks.engines.memory import free_memory
+
+    _open.cache_clear()
+    free_memory()
+
+
 @lru_cache(maxsize=1)
 def _open(model: str, dtype: str, batch_size: int) -> Engine:
     from tasks.engines.diffusers import DiffusersEngine

@@ -193,11 +193,6 @@ def adapter_card(digest: str) -> str:
     return f"adapters/{digest}/adapter.json"
 
 
-def training(training: str) -> str:
-    """The folder of a training: what was asked, its checkpoints and samples, and what came of it."""
-    return f"trainings/{training}"
-
-
 def checkpoints(training: str) -> str:
     """The folder of a training's checkpoints."""
     return f"trainings/{training}/checkpoints"

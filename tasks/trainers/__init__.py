@@ -8,16 +8,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tasks.trainers.errors import Diverged, TrainingError
+from tasks.trainers.buckets import BucketError
+from tasks.trainers.errors import Diverged, PictureError, TrainingError
 from tasks.trainers.pictures import Dataset
 from tasks.trainers.settings import SPEED_AND_SAFETY, Settings
 
 if TYPE_CHECKING:
     from tasks.adapters import Embeddings, Lora
+    from tasks.engines.models import ModelFolder
     from tasks.store import Store
     from tasks.trainers.training import Progress
 
-__all__ = ["Diverged", "Settings", "Trained", "TrainingError", "train", "training_id"]
+__all__ = [
+    "BucketError",
+    "Diverged",
+    "PictureError",
+    "Settings",
+    "Trained",
+    "TrainingError",
+    "check_fits",
+    "train",
+    "training_id",
+]
+
+READ_BY_CLIP = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")  # and by nothing else
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,7 @@ class Trained:
     adapter: "Lora | Embeddings"
     training: str  # its id
     prediction_type: str
+    dtype: str  # of the frozen weights
     trigger: str  # the word that means what was learnt; empty: none does
     steps: int
     seconds: float  # over all starts
@@ -53,6 +68,8 @@ def train(
 def _train(
     model: str, datasets: Sequence[Dataset], settings: Settings, store: "Store", told: "Callable[[Progress], None]"
 ) -> Trained:
+    from accelerate import PartialState
+
     from tasks.engines.diffusers import engine_errors
     from tasks.engines.models import ModelFolder, default_recipe, locate, model_digest, resolve_dtype
     from tasks.trainers.batches import Batches
@@ -61,25 +78,38 @@ def _train(
     from tasks.trainers.textual_inversion import TextualInversionLearner
     from tasks.trainers.training import Training
 
+    PartialState()  # of several processes each takes its device before it loads a model
     folder, dtype = ModelFolder(locate(model)), resolve_dtype(settings.dtype)
+    check_fits(settings, folder)
     if settings.method == "dreambooth":
         width, height = datasets[0].resolution
         recipe = default_recipe(model, width=width, height=height, dtype=dtype)
         datasets = with_class_images(store, recipe, datasets, settings)
     learner = TextualInversionLearner if settings.method == "textual_inversion" else LoraLearner
     named = training_id(model_digest(folder.path), datasets, settings, dtype)
+    batches = Batches(datasets, settings.seed, folder.multiple)
     with engine_errors(model):
-        training = Training(
-            named, folder, Batches(datasets, settings.seed, folder.multiple), learner, settings, dtype, store
-        )
+        training = Training(named, folder, batches, learner, settings, dtype, store)
         try:
             training.run(told)
-            record, trigger = training.record, training.trigger
-            return Trained(
-                training.adapter(), named, training.prediction_type, trigger, record.step, record.seconds, training.loss
-            )
+            record, loss, trigger = training.record, training.loss, training.trigger
+            adapter, prediction = training.adapter(), training.prediction_type
+            return Trained(adapter, named, prediction, dtype, trigger, record.step, record.seconds, loss)
         finally:
             training.close()
+
+
+def check_fits(settings: Settings, folder: "ModelFolder") -> None:
+    """Raises TrainingError: a model of this kind cannot learn like that. Reads configurations only."""
+    if settings.method == "textual_inversion" and folder.pipeline not in READ_BY_CLIP:
+        raise TrainingError(
+            f"{folder.path} is a {folder.pipeline}, whose prompts are read by more than CLIP: a textual inversion can be learnt by "
+            f"{' and '.join(READ_BY_CLIP)}; train a LoRA (method=lora)"
+        )
+    if settings.min_snr_gamma and folder.scheduler["_class_name"].startswith("FlowMatch"):
+        raise TrainingError(
+            "min_snr_gamma is for models with a noise schedule, and this one is trained by flow matching: leave it 0"
+        )
 
 
 def training_id(base_digest: str, datasets: Sequence[Dataset], settings: Settings, dtype: str) -> str:

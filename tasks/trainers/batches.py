@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps
 
-from tasks.errors import DarkroomError
 from tasks.trainers.buckets import Buckets, Size
 from tasks.trainers.captions import vary
+from tasks.trainers.errors import PictureError
 from tasks.trainers.pictures import Dataset, Picture, Subset
 
 if TYPE_CHECKING:
@@ -30,10 +30,6 @@ COLOUR_SHARE = (
 )
 HUE_DEGREES = 16.0  # at most, either way
 GAMMA = (0.95, 1.05)
-
-
-class PictureError(DarkroomError):
-    """There is nothing to learn from, or a picture cannot be read."""
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,14 @@ to whole steps.
 """
 
 import math
+from collections.abc import Sequence
 
 from tasks.errors import DarkroomError
 from tasks.trainers.pictures import Dataset
 
 Size = tuple[int, int]  # width, height in pixels
+KOHYA_STEPS = 64  # of bucket sizes in pixels, as Kohya's trainer of SD asks
+KOHYA_SIDES = (256, 1024)  # its defaults for the sides of buckets
 
 
 class BucketError(DarkroomError):
@@ -27,6 +30,16 @@ def bucket_sizes(resolution: Size, least: int, most: int, steps: int) -> list[Si
         if height >= least:
             sizes |= {(width, height), (height, width)}
     return sorted(sizes)
+
+
+def bounds(sizes: Sequence[Size]) -> dict[str, int]:
+    """Options of a dataset whose buckets hold pictures of these sizes as they are: Kohya's defaults, but for smaller pictures."""
+    sides = [side for size in sizes for side in size]
+    return {
+        "min_bucket_reso": min(KOHYA_SIDES[0], *sides),
+        "max_bucket_reso": max(KOHYA_SIDES[1], *sides),
+        "bucket_reso_steps": KOHYA_STEPS if min(sides) >= KOHYA_SIDES[0] else math.gcd(KOHYA_STEPS, *sides),
+    }
 
 
 class Buckets:

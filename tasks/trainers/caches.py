@@ -7,14 +7,14 @@ if TYPE_CHECKING:
     import torch
 
 Key = TypeVar("Key", bound=Hashable)
-MOST_BYTES = 4 * 2**30
+MOST_BYTES = 8 * 2**30  # of all caches of a machine's processes
 
 
 class Cache:
-    """Tensors by key, in the CPU's memory; what has no room is computed again each time. `used` False: everything is."""
+    """Tensors by key, `room` bytes of them in the CPU's memory; what has no room is computed again each time."""
 
-    def __init__(self, used: bool, most: int = MOST_BYTES):
-        self._left = most if used else 0
+    def __init__(self, room: int):
+        self._left = room
         self._held: dict[Hashable, tuple[torch.Tensor, ...]] = {}
 
     def __contains__(self, key: Hashable) -> bool:

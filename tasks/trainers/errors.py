@@ -9,3 +9,7 @@ class TrainingError(DarkroomError):
 
 class Diverged(TrainingError):
     """The loss is no number any more, or far above where it began."""
+
+
+class PictureError(DarkroomError):
+    """There is nothing to learn from, or a picture cannot be read."""

@@ -30,18 +30,15 @@ class LoraLearner:
         if settings.method == "dreambooth":
             self.trigger = settings.token
         self.layers: dict[str, Any] = {}  # by module, unet.….to_q
-        torch.manual_seed(settings.seed)
-        for component, module in self._components.items():
-            self._inject(component, module)
+        with torch.random.fork_rng(devices=[]):  # the matrices begin on the CPU
+            torch.manual_seed(settings.seed)
+            for component, module in self._components.items():
+                self._inject(component, module)
         if not any(module.startswith(student.denoiser_name) for module in self.layers):
             raise TrainingError(
                 f"targets '{settings.targets}' fit no module of the {student.denoiser_name} of {student.folder.path}: give attention, "
                 "wide, or ends of names, such as to_q, to_v"
             )
-        if settings.checkpointing:
-            for module in self._components.values():
-                enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
-                enable()
         for module in self._components.values():
             module.train()
 
@@ -99,5 +96,6 @@ class LoraLearner:
 
 
 def with_word(text: str, word: str) -> str:
-    """A caption with the word in front, where it has it nowhere."""
-    return text if not word or word in text else f"{word} {text}".strip()
+    """A caption with the word in front, where it has it nowhere as a word of its own."""
+    there = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text)
+    return text if not word or there else f"{word} {text}".strip()

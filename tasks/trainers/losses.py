@@ -105,9 +105,7 @@ class Flow:
         import torch
 
         if gamma:
-            raise TrainingError(
-                "min_snr_gamma is for models with a noise schedule, and this one is trained by flow matching: leave it 0"
-            )
+            raise ValueError("there is no signal-to-noise ratio to weigh by: `check_fits` says so before")
         return torch.ones_like(times)
 
 

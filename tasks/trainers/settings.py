@@ -19,7 +19,7 @@ class Settings(BaseModel):
     learning_rate: float = Field(1e-4, gt=0, le=10)
     text_learning_rate: float = Field(0, ge=0, le=10, description="of the text encoders; 0: the same")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="how it falls to zero")
-    warmup: int = Field(0, ge=0, description="steps in which it rises from zero")
+    warmup: int = Field(0, ge=0, description="steps in which it rises from zero; a tenth of all steps at most")
     weight_decay: float = Field(0.01, ge=0, le=1)
     clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: any")
     seed: int = Field(0, ge=0, lt=2**32)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tasks.engines.decoding import Decoding
 from tasks.engines.diffusers import load_pipeline
 from tasks.engines.models import ModelFolder
 from tasks.engines.texts import encode
@@ -30,6 +31,8 @@ class Place:
     @classmethod
     def of(cls, item: Item) -> "Place":
         left, top, right, bottom = item.view.crop
+        if item.view.flip:  # mirrored after the crop: what is at its left now was at the right of the picture
+            left, right = item.view.resize[0] - right, item.view.resize[0] - left
         return cls((item.picture.height, item.picture.width), (top, left), (bottom - top, right - left))
 
 
@@ -39,6 +42,7 @@ class Student:
     def __init__(self, folder: ModelFolder, dtype: str):
         self.folder = folder
         self.pipeline = load_pipeline(folder, dtype)
+        Decoding(self.pipeline)  # of samples, in the VAE's own precision
         self.device: torch.device = self.pipeline.device  # asked once: diffusers looks through all modules for it
         self.objective = objective(folder.scheduler, str(folder.path))
         self.denoiser_name = "unet" if "unet" in folder.index else "transformer"
@@ -54,12 +58,24 @@ class Student:
         there = {name: getattr(self.pipeline, name, None) for name in names}
         return {name: module for name, module in there.items() if type(module).__name__.startswith("CLIP")}
 
+    def exact(self) -> Any:
+        """A context in which modules compute in their own precision, as they do when they make images."""
+        import torch
+
+        return torch.autocast(self.device.type, enabled=False)
+
+    def spare_memory(self) -> None:
+        """Compute activations twice rather than keep them."""
+        for module in (self.denoiser, *self.clip_encoders.values()):
+            enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
+            enable()
+
     def moments(self, pixels: "torch.Tensor") -> "torch.Tensor":
         """Mean and standard deviation of the latents of pixels [n, 3, h, w] in [−1, 1]: float32 [n, 2, c, h', w']."""
         import torch
 
         vae = self.pipeline.vae
-        with torch.no_grad():
+        with torch.no_grad(), self.exact():
             found = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         return torch.stack([found.mean, found.std], 1).float()
 

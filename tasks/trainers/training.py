@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from random import Random
 from typing import Any, Protocol
 
 import torch
@@ -24,12 +23,13 @@ from tasks.adapters import Embeddings, Lora
 from tasks.engines.memory import free_memory
 from tasks.engines.models import ModelFolder
 from tasks.store import Store, layout
-from tasks.trainers import checkpoints
+from tasks.trainers import checkpoints, samples
 from tasks.trainers.batches import Batch, Batches, Item, mask, pixels
-from tasks.trainers.caches import Cache, Key
+from tasks.trainers.caches import MOST_BYTES, Cache, Key
 from tasks.trainers.checkpoints import Record
 from tasks.trainers.errors import Diverged
 from tasks.trainers.losses import squared_errors
+from tasks.trainers.seeds import mixed
 from tasks.trainers.settings import Settings
 from tasks.trainers.student import Place, Student
 
@@ -37,7 +37,11 @@ SMOOTHED = 50  # steps whose mean is the loss that is told, and compared
 RUNAWAY = 3.0  # times the loss of the first steps: diverged
 BETAS = (0.9, 0.999)
 MOST_ENCODED, ENCODED_PIXELS = 16, 1024 * 1024  # pictures or captions in one call; pixels in one of the VAE
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
+MOMENTS = (
+    "exp_avg",
+    "exp_avg_sq",
+    "step",
+)  # AdamW's; the steps are fewer than the training's where float16 left some out
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +107,8 @@ class Training:
         self._lower: Any = nullcontext if dtype == "float32" else self._autocast
         self._dtype = getattr(torch, dtype)
         self._learner = learner(self._student, settings)
+        if settings.checkpointing:
+            self._student.spare_memory()
         groups = self._learner.groups()
         self._parameters = {name: parameter for group, _ in groups for name, parameter in group.items()}
         self._rates = [rate for _, rate in groups]
@@ -113,8 +119,9 @@ class Training:
             fused=True,
         )
         self._mean = {name: p.detach().clone() for name, p in self._parameters.items()} if settings.ema else {}
-        self._latents = Cache(cached and batches.cacheable)
-        self._texts = Cache(cached and not self._learner.learns_texts)
+        room = MOST_BYTES // (2 * self._processes.num_processes)
+        self._latents = Cache(room if cached and batches.cacheable else 0)
+        self._texts = Cache(room if cached and not self._learner.learns_texts else 0)
         self._together = min(MOST_ENCODED, max(dataset.batch_size for dataset in batches.datasets))
         self.record = Record()
 
@@ -139,20 +146,20 @@ class Training:
         with _own_random_numbers(), ThreadPoolExecutor(1) as reader:
             ahead = self._read(reader, first * settings.accumulation)
             for step in range(first, settings.steps):
-                torch.manual_seed(_mixed(settings.seed, step))
+                torch.manual_seed(mixed(settings.seed, step))
                 loss = 0.0
                 for part in range(settings.accumulation):
                     number = step * settings.accumulation + part
                     ready, ahead = ahead, self._read(reader, number + 1)
                     loss += self._learn(number, *ready.result()) / settings.accumulation
-                self._check(step, loss)
+                self._note_loss(step, loss)
                 self._change(step)
                 done = self.record.step = step + 1
                 self.record.seconds = before + time.monotonic() - started
-                samples: tuple[tuple[str, str], ...] = ()
+                shown: tuple[tuple[str, str], ...] = ()
                 if done % settings.checkpoint_every == 0 or done == settings.steps:
-                    samples = self._checkpoint()
-                told(Progress(done, settings.steps, self.loss, (done - first) / (time.monotonic() - started), samples))
+                    shown = self._checkpoint()
+                told(Progress(done, settings.steps, self.loss, (done - first) / (time.monotonic() - started), shown))
 
     def adapter(self) -> Lora | Embeddings:
         """What was learnt; with `ema`, its mean."""
@@ -183,7 +190,7 @@ class Training:
     def _learn(self, number: int, whole: int, batch: Batch, read: Callable[[Item], torch.Tensor]) -> float:
         """Add the gradient of a batch of `whole` images in all processes, over the number of batches in a step; its loss."""
         settings, student, device = self.settings, self._student, self._student.device
-        random = torch.Generator().manual_seed(_mixed(settings.seed, number, 1))
+        random = torch.Generator().manual_seed(mixed(settings.seed, number, 1))
         objective = student.objective
         times = objective.draw(whole, settings.timesteps, random)
         dropped = torch.rand(whole, generator=random) < settings.caption_dropout
@@ -218,6 +225,14 @@ class Training:
         """The sum over all processes."""
         return reduce(mine, "sum") if self._processes.num_processes > 1 else mine
 
+    def _add_up(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Give each parameter the sum of its gradients in all processes, which are sent as one."""
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        summed = self._of_all(torch.cat([gradient.flatten() for gradient in own]))
+        parts = summed.split([gradient.numel() for gradient in own])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+
     def _cells(self, batch: Batch) -> tuple[int, int, int]:
         """Channels, height and width of a batch's latents."""
         width, height = batch.size
@@ -246,7 +261,7 @@ class Training:
             return self._student.texts(captions)
 
         def compute(texts: list[str]) -> list[tuple[torch.Tensor, ...]]:
-            with torch.no_grad():
+            with torch.no_grad(), self._student.exact():
                 return _in_calls(texts, self._together, self._student.texts)
 
         held = zip(*self._texts.get(captions, compute), strict=True)
@@ -262,14 +277,15 @@ class Training:
         return F.interpolate(whole, like.shape[-2:], mode="area").to(like.device)
 
     def _change(self, step: int) -> None:
+        """Change the weights by the step's gradient. Raises Diverged."""
         settings = self.settings
         parameters = list(self._parameters.values())
-        for parameter in parameters:
-            if self._processes.num_processes > 1:
-                parameter.grad = self._of_all(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        if self._processes.num_processes > 1:
+            self._add_up(parameters)
         self._scaler.unscale_(self._optimizer)
-        if settings.clip:
-            torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf)
+        if not self._scaler.is_enabled() and not math.isfinite(norm):  # the scaler leaves such a step out by itself
+            raise Diverged(f"training {self.id}: the gradient of step {step + 1} is {float(norm)}; {self._advice}")
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * settings.rate(step)
         self._scaler.step(self._optimizer)
@@ -281,23 +297,26 @@ class Training:
                 for name, parameter in self._parameters.items():
                     self._mean[name].lerp_(parameter, 1 - decay)
 
-    def _check(self, step: int, loss: float) -> None:
-        """Raises Diverged."""
+    def _note_loss(self, step: int, loss: float) -> None:
+        """Note the loss of a step. Raises Diverged."""
         record = self.record
-        advice = (
-            "nothing of it is published. Lower the learning rate (learning_rate, now "
-            f"{self.settings.learning_rate:g}), or raise warmup; in float16, take bfloat16"
-        )
         if not math.isfinite(loss):
-            raise Diverged(f"training {self.id}: the loss of step {step + 1} is {loss}; {advice}")
+            raise Diverged(f"training {self.id}: the loss of step {step + 1} is {loss}; {self._advice}")
         if len(record.early) < SMOOTHED:
             record.early.append(loss)
         record.late = [*record.late[1 - SMOOTHED :], loss]
         if step >= 2 * SMOOTHED and _mean(record.late) > RUNAWAY * _mean(record.early):
             raise Diverged(
                 f"training {self.id}: the loss rose from {_mean(record.early):.4f} to {_mean(record.late):.4f} by step {step + 1} (means "
-                f"of {SMOOTHED} steps); {advice}"
+                f"of {SMOOTHED} steps); {self._advice}"
             )
+
+    @property
+    def _advice(self) -> str:
+        return (
+            "nothing of it is published. Lower the learning rate (learning_rate, now "
+            f"{self.settings.learning_rate:g}), or raise warmup; in float16, take bfloat16"
+        )
 
     # --- its state -------------------------------------------------------------------------------------------------------
 
@@ -311,7 +330,15 @@ class Training:
                 tensors |= {f"{key}/{name}": moments[key] for key in MOMENTS}
         self.record.scaler = self._scaler.state_dict()
         checkpoints.save(self.store, self.id, self.record, tensors)
-        return self._samples()
+        if not self.settings.samples:
+            return ()
+        with self._as_kept():
+            return samples.make(
+                self._student, self.settings, self.batches.datasets[0].resolution, self.store, self._sample_key
+            )
+
+    def _sample_key(self, number: int) -> str:
+        return layout.training_sample(self.id, self.record.step, number)
 
     def _restore(self, record: Record, tensors: dict[str, torch.Tensor]) -> None:
         self.record = record
@@ -320,35 +347,11 @@ class Training:
             for name, parameter in self._parameters.items():
                 parameter.copy_(tensors[f"weight/{name}"])
                 if f"{MOMENTS[0]}/{name}" in tensors:
-                    self._optimizer.state[parameter] = {
-                        "step": torch.tensor(float(record.step), device=parameter.device),
-                        **{key: tensors[f"{key}/{name}"].to(parameter.device) for key in MOMENTS},
-                    }
+                    moments = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in MOMENTS}
+                    self._optimizer.state[parameter] = moments
             for name, mean in self._mean.items():
                 mean.copy_(tensors[f"mean/{name}"])
         log.info("training %s goes on after step %d", self.id, record.step)
-
-    def _samples(self) -> tuple[tuple[str, str], ...]:
-        """Images of the sample prompts, as the model is now: prompts and keys."""
-        import io
-
-        prompts = self.settings.samples
-        if not prompts:
-            return ()
-        made = []
-        defaults = self._student.folder.defaults
-        with self._as_kept(), torch.inference_mode():
-            for number, prompt in enumerate(prompts):
-                noise = torch.Generator().manual_seed(_mixed(self.settings.seed, number, 2))
-                (image,) = self._student.pipeline(
-                    prompt, generator=noise, num_inference_steps=defaults.steps, guidance_scale=defaults.guidance
-                ).images
-                data = io.BytesIO()
-                image.save(data, "PNG")
-                key = layout.training_sample(self.id, self.record.step, number)
-                self.store.write(key, data.getvalue())
-                made.append((prompt, key))
-        return tuple(made)
 
     @contextmanager
     def _as_kept(self) -> Iterator[None]:
@@ -389,11 +392,6 @@ def _key(item: Item) -> tuple[str, Any]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
-
-
-def _mixed(*numbers: int) -> int:
-    """A seed of several numbers."""
-    return Random("/".join(map(str, numbers))).getrandbits(63)
 
 
 @contextmanager

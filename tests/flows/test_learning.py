@@ -66,6 +66,7 @@ def test_a_night_learns_from_its_release_and_asks_the_gate(first: tuple[Store, d
         "version": 1,
         "run": told["run"],
         "images": 0,
+        "guidance": [2.5],
     }
     assert (card["generation_depth"], card["steps"], card["rank"], card["architecture"]) == (
         *(1, 8, 16),

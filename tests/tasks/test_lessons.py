@@ -10,11 +10,22 @@ from hypothesis import strategies as st
 
 from tasks.adapters import write_adapter
 from tasks.engines import Adapter
-from tasks.lessons import MOST_REPEATS, LessonError, TooDeep, anchored, of_datasets, of_releases, releases_of
+from tasks.lessons import (
+    MOST_REPEATS,
+    LessonError,
+    Safeguards,
+    TooDeep,
+    anchored,
+    bucket_options,
+    of_datasets,
+    of_releases,
+    releases_of,
+)
 from tasks.release import release
 from tasks.runs import RunNotFound
 from tasks.select import Policy
 from tasks.store import Store, images, layout
+from tasks.trainers.buckets import Buckets
 from tasks.trainers.pictures import Dataset, Picture, Subset
 from tests.synthetic_run import RECIPE, SyntheticRun, synthetic_run
 from tests.tasks.adapters.loras import facts, small_lora
@@ -60,14 +71,21 @@ def test_just_the_accepted_images_are_taught_with_their_prompts(store: Store) ->
         assert images.read_facts(data)["prompt"] == picture.caption
         assert (picture.width, picture.height) == SIZE
     assert lessons.images == accepted.height and lessons.generation_depth == 1
-    assert lessons.learned_from == ({"dataset": "demo", "version": 1, "run": made.run, "images": accepted.height},)
+    facts_ = {
+        "dataset": "demo",
+        "version": 1,
+        "run": made.run,
+        "images": accepted.height,
+        "guidance": [RECIPE.guidance],
+    }
+    assert lessons.learned_from == (facts_,)
 
 
 def test_what_is_held_out_is_never_taught(store: Store) -> None:
     made = released(store)
     accepted = ledger_of(made).filter(pl.col("verdict") == "accepted")
     held_out, prompts = first_prompts(made, 4)
-    lessons = of_releases(store, [("demo", 1)], SIZE, 4, held_out=held_out)
+    lessons = of_releases(store, [("demo", 1)], SIZE, 4, Safeguards(held_out))
     out = accepted.filter(pl.col("prompt_id").is_in(prompts))
     assert out.height == lessons.held_out > 0
     assert {picture.id for picture in taught(lessons)} == set(accepted["candidate_id"]) - set(out["candidate_id"])
@@ -78,7 +96,7 @@ def test_a_rare_stratum_is_seen_about_as_often_as_the_largest(store: Store) -> N
     accepted = ledger_of(made).filter(pl.col("verdict") == "accepted")
     rare, *_ = accepted["stratum"].unique().sort()
     held_out, _ = first_prompts(made, 3, stratum=rare)
-    lessons = of_releases(store, [("demo", 1)], SIZE, 4, held_out=held_out)
+    lessons = of_releases(store, [("demo", 1)], SIZE, 4, Safeguards(held_out))
     seen = [len(subset.pictures) * subset.num_repeats for subset in lessons.datasets[0].subsets]
     assert len(seen) == 3 and max(seen) < 2 * min(seen)
 
@@ -104,17 +122,17 @@ def test_depth_is_counted_through_the_adapters_and_capped(store: Store) -> None:
     released(store, recipe=replace(RECIPE, adapters=(adapter_at(store, depth=1),)))
     both = of_releases(store, releases_of(store, "demo"), SIZE, 4)
     assert both.generation_depth == 2 and both.too_deep == 0
-    capped = of_releases(store, releases_of(store, "demo"), SIZE, 4, most_generations=1)
+    capped = of_releases(store, releases_of(store, "demo"), SIZE, 4, Safeguards(most_generations=1))
     assert capped.generation_depth == 1 and capped.too_deep == capped.images
     assert [entry["version"] for entry in capped.learned_from] == [1]
     with pytest.raises(TooDeep, match=r"generation 1 or beyond.*--no-champion"):
-        of_releases(store, [("demo", 2)], SIZE, 4, most_generations=1)
+        of_releases(store, [("demo", 2)], SIZE, 4, Safeguards(most_generations=1))
 
 
 def test_too_little_is_told_with_the_reasons(store: Store) -> None:
     made = released(store)
     with pytest.raises(LessonError, match=r"0 images are left .* demo@1.* of held-out prompts"):
-        of_releases(store, [("demo", 1)], SIZE, 4, held_out=first_prompts(made, 12)[0])
+        of_releases(store, [("demo", 1)], SIZE, 4, Safeguards(first_prompts(made, 12)[0]))
     with pytest.raises(LessonError, match="no release of 'other'"):
         releases_of(store, "other")
     with pytest.raises(RunNotFound, match="demo@7"):
@@ -146,9 +164,24 @@ def test_pictures_of_a_dataset_file_are_no_generation_away() -> None:
     assert lessons.learned_from == ({"toml": "set.toml", "images": 3},)
 
 
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=4), st.sampled_from([64, 128]))
+def test_images_of_another_shape_keep_theirs(sizes: list[tuple[int, int]], side: int) -> None:
+    """The buckets that a release's sizes are given hold each picture as it is, or shrunk to the area that is learnt at."""
+    shapes = [(8 * width, 8 * height) for width, height in sizes]
+    kept = pl.DataFrame({"width": [w for w, _ in shapes], "height": [h for _, h in shapes]})
+    options = bucket_options(kept, (side, side))
+    buckets = Buckets(Dataset((), (side, side), 1, **options), 8)
+    for size in shapes:
+        bucket, _ = buckets.place(size)
+        if not options:
+            assert bucket == (side, side)
+        elif size[0] * size[1] <= side * side:
+            assert bucket == size
+
+
 def test_anchors_stand_beside_what_was_approved_and_are_told_apart(store: Store) -> None:
     made = released(store)
-    lessons = of_releases(store, [("demo", 1)], SIZE, 4, anchors=[pictures(60)], anchor_share=0.5)
+    lessons = of_releases(store, [("demo", 1)], SIZE, 4, Safeguards(anchors=[pictures(60)], anchor_share=0.5))
     accepted = ledger_of(made).filter(pl.col("verdict") == "accepted").height
     assert lessons.images == accepted and lessons.anchors > 0
     assert lessons.learned_from[-1] == {"anchors": lessons.anchors}

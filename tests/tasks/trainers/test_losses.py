@@ -76,7 +76,7 @@ def test_mid_times_are_mostly_halfway() -> None:
 def test_what_cannot_be_trained_is_refused() -> None:
     with pytest.raises(TrainingError, match="prediction_type 'sample'"):
         objective(DIFFUSION | {"prediction_type": "sample"}, "model")
-    with pytest.raises(TrainingError, match="min_snr_gamma"):
+    with pytest.raises(ValueError, match="check_fits"):
         objective(FLOW, "model").weights(torch.tensor([1.0]), 5.0)
 
 

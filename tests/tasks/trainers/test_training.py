@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tasks.engines import Adapter, Order, open_engine
 from tasks.engines.models import ModelFolder, default_recipe
 from tasks.errors import Stopped
 from tasks.store import Store, layout
-from tasks.trainers import Diverged, Settings, Trained, TrainingError, train, training_id
+from tasks.trainers import Diverged, Settings, Trained, TrainingError, check_fits, checkpoints, train, training_id
 from tasks.trainers.batches import Batches, pixels
 from tasks.trainers.lora import LoraLearner, with_word
 from tasks.trainers.pictures import Dataset, Subset
@@ -105,6 +106,47 @@ def test_stopped_anywhere_it_ends_in_the_same_weights(sd: str, tmp_path: Path, c
     assert again.adapter.digest == undisturbed.adapter.digest
 
 
+def test_a_training_in_float16_whose_scale_was_too_large_ends_in_the_same_weights(
+    sd: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first steps overflow and are left out: by the optimizer's count, too, which is fewer than the training's."""
+    scaler = partial(torch.amp.GradScaler, init_scale=2.0**40, backoff_factor=2.0**-12)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    asked = settings(steps=8, dtype="float16")
+    undisturbed = train(sd, datasets(), asked, Store(tmp_path / "undisturbed"))
+    store = Store(tmp_path / "disturbed")
+    with pytest.raises(Stopped):
+        train(sd, datasets(), asked, store, stopped_after(5))
+    record, tensors = checkpoints.load(store, undisturbed.training) or pytest.fail("no checkpoint")
+    assert record.scaler["scale"] < 2.0**40
+    assert all(0 < int(step) < record.step for name, step in tensors.items() if name.startswith("step/"))
+    assert train(sd, datasets(), asked, store).adapter.digest == undisturbed.adapter.digest
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("method", ["lora", "textual_inversion"])
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_half_precision_learns_and_shows_samples(
+    name: str, method: str, dtype: str, request: pytest.FixtureRequest, store: Store
+) -> None:
+    asked = settings(method=method, dtype=dtype, sample_prompts="a dog", dropout=0.5 if method == "lora" else 0)
+    told: list[Progress] = []
+    done = train(request.getfixturevalue(name), datasets(), asked, store, told.append)
+    assert 0 < done.loss < 10 and done.dtype == dtype
+    assert len([sample for progress in told for sample in progress.samples]) == 2
+
+
+def test_what_is_frozen_computes_in_its_own_precision(sdxl: str, store: Store) -> None:
+    """SDXL's VAE overflows in float16, and is float32 there."""
+    with training(sdxl, store, settings(), dtype="float16") as running:
+        student = running._student
+        assert student.pipeline.vae.dtype == torch.float32
+        (item, *_) = running.batches.batch(0).items
+        expected = student.moments(pixels(item)[None])
+        with running._lower():
+            assert torch.equal(student.moments(pixels(item)[None]), expected)
+
+
 def test_a_training_is_another_one_when_anything_that_decides_its_weights_is(sd: str) -> None:
     def named(data: list[Dataset], asked: Settings, base: str = "b", dtype: str = "float32") -> str:
         return training_id(base, data, asked, dtype)
@@ -130,7 +172,7 @@ def training(
     folder = ModelFolder(Path(model))
     learner = TextualInversionLearner if asked.method == "textual_inversion" else LoraLearner
     batches = Batches(data or datasets(), asked.seed, folder.multiple)
-    running = Training("t", folder, batches, learner, asked, "float32", store, **options)
+    running = Training("t", folder, batches, learner, asked, options.pop("dtype", "float32"), store, **options)
     try:
         yield running
     finally:
@@ -229,14 +271,25 @@ def test_a_loss_that_is_no_number_ends_it_and_leaves_nothing(tmp_path: Path) -> 
     assert store.list("") == []
 
 
+def test_a_gradient_that_is_no_number_ends_it_before_a_weight_is_changed(sd: str, store: Store) -> None:
+    with training(sd, store, settings(clip=0)) as running:
+        name, parameter = next(iter(running._parameters.items()))
+        before = parameter.detach().clone()
+        parameter.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
+        with pytest.raises(Diverged, match=r"the gradient of step 1 is (inf|nan).*learning_rate"):
+            running.run(lambda progress: None)
+        assert torch.equal(running._parameters[name], before)
+    assert store.list("") == []
+
+
 def test_a_loss_that_runs_away_ends_it(sd: str, store: Store) -> None:
     with training(sd, store, settings(steps=300)) as running:
         for step in range(120):
-            running._check(step, 0.1)
+            running._note_loss(step, 0.1)
         for step in range(120, 132):  # the mean of fifty is not yet three times what it was
-            running._check(step, 0.9)
+            running._note_loss(step, 0.9)
         with pytest.raises(Diverged, match=r"rose from 0\.1000 to 0\.30"):
-            running._check(132, 0.9)
+            running._note_loss(132, 0.9)
 
 
 # --- textual inversion -----------------------------------------------------------------------------------------------
@@ -266,14 +319,14 @@ def test_words_that_cannot_be_learnt_are_refused(sd: str, tmp_path: Path) -> Non
     student = Student(ModelFolder(Path(sd)), "float32")
     with pytest.raises(TrainingError, match="knows the word 'a' already"):
         TextualInversionLearner(student, settings(method="textual_inversion", placeholder="a"))
-    sd3 = Student(ModelFolder(TINY["sd3"](tmp_path / "sd3")), "float32")
     with pytest.raises(TrainingError, match="method=lora"):
-        TextualInversionLearner(sd3, settings(method="textual_inversion"))
+        check_fits(settings(method="textual_inversion"), ModelFolder(TINY["sd3"](tmp_path / "sd3")))
 
 
 def test_the_word_stands_in_each_caption() -> None:
     assert with_word("a dog", "<toy>") == "<toy> a dog" and with_word("a <toy>", "<toy>") == "a <toy>"
     assert with_word("", "<toy>") == "<toy>" and with_word("a dog", "") == "a dog"
+    assert with_word("a caterpillar", "cat") == "cat a caterpillar" and with_word("a cat.", "cat") == "a cat."
 
 
 # --- DreamBooth ------------------------------------------------------------------------------------------------------
