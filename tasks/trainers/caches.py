@@ -32,3 +32,16 @@ class Cache:
                 self._left -= size
                 self._held[key] = tuple(tensor.detach().cpu().clone() for tensor in tensors)
         return [new[key] if key in new else self._held[key] for key in keys]
+
+
+def in_calls(
+    things: list[Key], size: int, encode: "Callable[[list[Key]], tuple[torch.Tensor, ...]]"
+) -> "list[tuple[torch.Tensor, ...]]":
+    """Each thing's tensors, encoded so many at a time, the last with copies beside it: what a thing comes to is rounded by how many
+    stand beside it, and shall not depend on which others are held already."""
+    found: list[tuple[torch.Tensor, ...]] = []
+    for start in range(0, len(things), size):
+        call = things[start : start + size]
+        tensors = encode([*call, *[call[-1]] * (size - len(call))])
+        found += list(zip(*tensors, strict=True))[: len(call)]
+    return found

@@ -25,7 +25,7 @@ from tasks.engines.models import ModelFolder
 from tasks.store import Store, layout
 from tasks.trainers import checkpoints, samples
 from tasks.trainers.batches import Batch, Batches, Item, mask, pixels
-from tasks.trainers.caches import MOST_BYTES, Cache, Key
+from tasks.trainers.caches import MOST_BYTES, Cache, in_calls
 from tasks.trainers.checkpoints import Record
 from tasks.trainers.errors import Diverged
 from tasks.trainers.losses import squared_errors
@@ -248,7 +248,7 @@ class Training:
         def compute(keys: list[Any]) -> list[tuple[torch.Tensor, ...]]:
             width, height = batch.size
             some = max(1, min(self._together, ENCODED_PIXELS // (width * height)))
-            return _in_calls(
+            return in_calls(
                 keys, some, lambda call: (self._student.moments(torch.stack([read(by_key[k]) for k in call])),)
             )
 
@@ -262,7 +262,7 @@ class Training:
 
         def compute(texts: list[str]) -> list[tuple[torch.Tensor, ...]]:
             with torch.no_grad(), self._student.exact():
-                return _in_calls(texts, self._together, self._student.texts)
+                return in_calls(texts, self._together, self._student.texts)
 
         held = zip(*self._texts.get(captions, compute), strict=True)
         return tuple(torch.stack([tensor.to(self._student.device) for tensor in tensors]) for tensors in held)
@@ -371,19 +371,6 @@ class Training:
         """Give the device's memory back."""
         del self._student, self._learner, self._optimizer, self._parameters, self._latents, self._texts
         free_memory()
-
-
-def _in_calls(
-    things: list[Key], size: int, encode: Callable[[list[Key]], tuple[torch.Tensor, ...]]
-) -> list[tuple[torch.Tensor, ...]]:
-    """Each thing's tensors, encoded so many at a time, the last with copies beside it: what a thing comes to is rounded by how many
-    stand beside it, and shall not depend on which others are held already."""
-    found: list[tuple[torch.Tensor, ...]] = []
-    for start in range(0, len(things), size):
-        call = things[start : start + size]
-        tensors = encode([*call, *[call[-1]] * (size - len(call))])
-        found += list(zip(*tensors, strict=True))[: len(call)]
-    return found
 
 
 def _key(item: Item) -> tuple[str, Any]:
