@@ -1,13 +1,23 @@
-"""Prefect's temporary server, which a run starts where none is configured, must not outlive the run's process.
+"""Prefect's temporary server, which a run starts where none is configured, must end with the run's process: not before, not after.
 
-Prefect stops it at exit, and no code runs in a process that is killed with SIGKILL. So a shell waits for the end of a pipe that
-only this process holds, and stops the server then.
+Ctrl-C in a terminal goes to all processes of its group. A server among them would be gone before the run can tell it how it ended, so it
+is started in a session of its own. Prefect stops it at exit, and no code runs in a process that is killed with SIGKILL. So a shell waits
+for the end of a pipe that only this process holds, and stops the server then.
 """
 
 import atexit
 import os
 import subprocess
-from functools import lru_cache
+from functools import lru_cache, partial
+from types import SimpleNamespace
+
+
+def start_apart() -> None:
+    """Have the temporary server that a flow may start begin a session of its own."""
+    from prefect.server.api import server
+
+    apart = partial(subprocess.Popen, start_new_session=True)
+    server.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": apart})  # type: ignore[assignment]
 
 
 def stop_with_us() -> None:

@@ -173,6 +173,7 @@ def nightly(
         "release": Store(store).uri(layout.release(name, released.version)),
         "report": report,
         "made_by": champion,
+        "with": recipe.more_in_words,
         **learnt,
     }
 

@@ -118,7 +118,7 @@ def croissant(about: About) -> str:
         "conformsTo": "http://mlcommons.org/croissant/1.0",
         "name": about.name,
         "description": (
-            f"{about.rows} synthetic images with their prompts, made by {', '.join(r.model for r in about.recipes)} and "
+            f"{about.rows} synthetic images with their prompts, made by {', '.join(map(_maker, about.recipes))} and "
             f"selected from {sum(about.selection.counts.values())} candidates by {about.scorer['model']}."
         ),
         "keywords": ["synthetic", "text-to-image", "darkroom"],
@@ -128,6 +128,10 @@ def croissant(about: About) -> str:
         "recordSet": [{"@type": "cr:RecordSet", "@id": "images", "name": "images", "field": _fields(about)}],
     }
     return json.dumps(description, indent=1, ensure_ascii=False)
+
+
+def _maker(recipe: Recipe) -> str:
+    return f"{recipe.model} ({recipe.more_in_words})" if recipe.more_in_words else recipe.model
 
 
 def _file_object(path: str, file: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.shared import StoreOption, errors, given, quiet_prefect
+from flows.cli.shared import StoreOption, errors, given, quiet_prefect, run_flow
 from flows.printing import print_evaluation
 
 
@@ -37,7 +37,8 @@ def evaluate(
     with errors():
         from flows.evaluate import evaluate as flow  # Prefect takes seconds to start
 
-        found = flow(
+        found = run_flow(
+            flow,
             images=images,
             store=store,
             **given(

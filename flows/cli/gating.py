@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from flows.cli.shared import StoreOption, errors, given, in_words, quiet_prefect
+from flows.cli.shared import StoreOption, errors, given, in_words, quiet_prefect, run_flow
 from flows.printing import print_champion, print_champions, print_duel
 
 if TYPE_CHECKING:
@@ -103,7 +103,8 @@ def promote(
             raise typer.BadParameter(in_words(error)) from error
         from flows.promote import promote as flow  # Prefect takes seconds to start
 
-        summary = flow(
+        summary = run_flow(
+            flow,
             challenger=challenger,
             manifest=manifest,
             store=store,

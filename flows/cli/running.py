@@ -30,6 +30,7 @@ from flows.cli.shared import (
     learning_fields,
     policy_fields,
     quiet_prefect,
+    run_flow,
 )
 from flows.printing import print_summary
 
@@ -216,7 +217,8 @@ def run(
             _check_learning(generation, scoring, learning)
         from flows.nightly import nightly  # Prefect takes seconds to start
 
-        summary = nightly(
+        summary = run_flow(
+            nightly,
             manifest=manifest,
             store=store,
             name=name,

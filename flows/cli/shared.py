@@ -68,6 +68,9 @@ class errors:
         from tasks.store.objects import public
         from tasks.store.persistence import of_backend
 
+        if _interrupted(error):
+            typer.echo("\ndarkroom: stopped. What was finished is kept; the same command goes on from there.", err=True)
+            raise typer.Exit(130) from error
         if isinstance(error, DarkroomError):
             typer.secho(f"\ndarkroom: {error}", fg=typer.colors.RED, err=True)
             raise typer.Exit(1) from error
@@ -79,9 +82,13 @@ class errors:
                 err=True,
             )
             raise typer.Exit(1) from error
-        if isinstance(error, KeyboardInterrupt):
-            typer.echo("\ndarkroom: stopped. What was finished is kept; the same command goes on from there.", err=True)
-            raise typer.Exit(130) from error
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether it began with Ctrl-C, whatever failed while the run ended."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def quiet_prefect(verbose: bool) -> None:
@@ -90,6 +97,17 @@ def quiet_prefect(verbose: bool) -> None:
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
+
+
+def run_flow(flow: Any, **parameters: Any) -> Any:
+    """What a flow returns, run here; on a temporary server where none is configured."""
+    from prefect.settings import PREFECT_API_URL
+
+    if PREFECT_API_URL.value() is None:
+        from flows.ephemeral import start_apart
+
+        start_apart()
+    return flow(**parameters)
 
 
 def given(**options: Any) -> dict[str, Any]:

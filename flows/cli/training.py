@@ -18,6 +18,7 @@ from flows.cli.shared import (
     in_words,
     learning_fields,
     quiet_prefect,
+    run_flow,
 )
 from flows.printing import print_training
 
@@ -71,7 +72,7 @@ def train(
         else:
             from flows.train import train as flow
 
-            learnt = flow(sources=sources, store=store, name=name, generation=generation, learning=learning)
+            learnt = run_flow(flow, sources=sources, store=store, name=name, generation=generation, learning=learning)
         files = copy_files(Store(store), learnt.adapter, to) if to else []
         print_training(Store(store), learnt, files)
 

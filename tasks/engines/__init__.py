@@ -85,6 +85,15 @@ class Recipe:
         return known
 
     @property
+    def more_in_words(self) -> str:
+        """What it has beside model, sampler, steps, guidance, size and type; mostly nothing."""
+        parts = [f"adapter {adapter.digest[:12]} at {adapter.weight:g}" for adapter in self.adapters]
+        parts += [f"guided for {self.guidance_until:.0%} of the steps"] if self.guidance_until < 1 else []
+        parts += ["compiled"] if self.compiled else []
+        parts += [f"attention {self.attention}"] if self.attention != "sdpa" else []
+        return ", ".join(parts)
+
+    @property
     def recipe_id(self) -> str:
         from tasks.identity import digest  # here, so that an engine also runs where there is no polars
 

@@ -21,10 +21,11 @@ from markupsafe import Markup
 from tasks import tables
 from tasks.accounting import Costs
 from tasks.budget import load_cut
+from tasks.engines import Recipe
 from tasks.lift import Lift, signed
 from tasks.references import ManifestRef, PlanRef, ReleaseRef, Selection
 from tasks.report import figures, showcase
-from tasks.runs import load_run
+from tasks.runs import load_recipe, load_run
 from tasks.select import RANK_UNIT, Policy
 from tasks.store import Store, layout
 from tasks.store.objects import public
@@ -185,15 +186,12 @@ def _starved(store: Store, manifest: ManifestRef, ids: tuple[str, ...], given_up
     return [_clip(texts[prompt_id], 300) + why.get(prompt_id, "") for prompt_id in ids]
 
 
-def _recipes(store: Store, plan: PlanRef) -> list[tuple[str, int, dict[str, Any]]]:
+def _recipes(store: Store, plan: PlanRef) -> list[tuple[str, int, Recipe]]:
     """Id, number of candidates and content of the recipes, most used first, MAX_ROWS at most."""
     candidates: Counter[str] = Counter()
     for shard in plan.shards:
         candidates[shard.recipe_id] += shard.candidates
-    return [
-        (recipe_id, count, store.read_json(layout.recipe(recipe_id)))
-        for recipe_id, count in candidates.most_common(MAX_ROWS)
-    ]
+    return [(recipe_id, count, load_recipe(store, recipe_id)) for recipe_id, count in candidates.most_common(MAX_ROWS)]
 
 
 def _scorers(store: Store, ledger: pl.DataFrame) -> list[tuple[str, dict[str, Any]]]:

@@ -8,7 +8,7 @@ SUMMARY: dict[str, Any] = {
     "run": "0123456789ab", "prompts": 12, "merged": 0, "bad_rows": 0, "strata": 3, "candidates": 60, "made": 60, "found": 0,
     "images_per_second": 1.5, "rounds": 1, "given_up": 0, "seconds": 40.0, "rejection_rate": 0.6, "lift": "", "dataset": "demo",
     "counts": {"accepted": 24, "rejected": 36, "unsafe": 0, "degenerate": 0, "error": 0},
-    "version": 1, "release": "file:///release", "report": "file:///report.html",
+    "version": 1, "release": "file:///release", "report": "file:///report.html", "made_by": None, "with": "",
 }  # fmt: skip
 
 
