@@ -1,5 +1,6 @@
 """The steps of the gate: thin Prefect tasks, as those in `steps`, over `tasks/duel.py` and `tasks/champions.py`."""
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from flows.steps import step
@@ -13,15 +14,21 @@ from tasks.store import Store, layout
 if TYPE_CHECKING:
     import polars as pl
 
+log = logging.getLogger(__name__)
+
 
 @step(name="hold out")
-def hold_out(store: str, manifest: ManifestRef, share: float, exam: Exam) -> ManifestRef:
-    """The manifest of the exam: those prompts that are held out. Raises ExamTooSmall."""
-    from tasks.exam import check_size, held_out_prompts, manifest_of
+def hold_out(store: str, manifest: ManifestRef, share: float, exam: Exam, challenger: str = "") -> ManifestRef:
+    """The manifest of the exam: those prompts that are held out, and that the challenger never saw. Raises ExamTooSmall."""
+    from tasks.exam import check_size, held_out_prompts, manifest_of, not_learnt
 
-    prompts = manifest_of(Store(store), held_out_prompts(Store(store), manifest, share))
-    check_size(prompts, exam)
-    return prompts
+    place = Store(store)
+    held_out = held_out_prompts(place, manifest, share)
+    prompts = not_learnt(place, held_out, challenger) if challenger else held_out
+    if learnt := held_out.height - prompts.height:
+        log.warning("the challenger learnt from %d of the %d prompts: it is not asked these", learnt, held_out.height)
+    check_size(prompts.height, manifest.prompts, exam, learnt)
+    return manifest_of(place, prompts)
 
 
 def not_to_be_learnt(store: Store, exam: str | None, share: float) -> "pl.Expr":

@@ -59,5 +59,5 @@ def promote(
     adapter = resolve(challenger, Store(store))
     recipe = default_recipe(generation.model, **generation.chosen())
     whole = steps.ingest(store, manifest, generation.model, scoring.judge, on_bad_rows)
-    prompts = gate_steps.hold_out(store, whole, held_out, exam)
+    prompts = gate_steps.hold_out(store, whole, held_out, exam, adapter.digest)
     return decide(store, name, adapter, recipe, prompts, generation, scoring, exam, workers)

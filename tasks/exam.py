@@ -8,6 +8,7 @@ import polars as pl
 from pydantic import BaseModel, Field
 
 from tasks import identity, tables
+from tasks.adapters.cards import load_card
 from tasks.errors import DarkroomError
 from tasks.ingest import commit
 from tasks.manifest_rules import tidy
@@ -84,8 +85,20 @@ def is_asked(prompt: pl.Expr, exam: pl.Series) -> pl.Expr:
 
 
 def held_out_prompts(store: Store, manifest: ManifestRef, share: float) -> pl.DataFrame:
-    """The rows of a manifest snapshot whose prompts are held out, in its order. Raises Missing."""
-    return store.read_frame(layout.manifest(manifest.sha256)).filter(is_held_out(pl.col("prompt"), share))
+    """The rows of a manifest snapshot whose prompts are held out, in its order, each prompt once: two spellings of one would count as
+    two in the bootstrap. Raises Missing."""
+    rows = store.read_frame(layout.manifest(manifest.sha256)).filter(is_held_out(pl.col("prompt"), share))
+    return rows.filter(_said(pl.col("prompt")).is_first_distinct())
+
+
+def not_learnt(store: Store, prompts: pl.DataFrame, adapter: str) -> pl.DataFrame:
+    """The rows (tables.PROMPTS) whose prompts an adapter of the store never saw in its training. Raises Missing, CorruptObject."""
+    if not store.exists(layout.adapter_card(adapter)):
+        return prompts
+    key = layout.lessons(load_card(store, adapter)["training"])
+    if not store.exists(key):  # one that nobody trained here
+        return prompts
+    return prompts.filter(~is_asked(pl.col("prompt"), store.read_frame(key, ["prompt"])["prompt"]))
 
 
 def manifest_of(store: Store, prompts: pl.DataFrame) -> ManifestRef:
@@ -99,13 +112,22 @@ def manifest_of(store: Store, prompts: pl.DataFrame) -> ManifestRef:
     return ManifestRef(sha256, rows.height, None, 0, strata)
 
 
-def check_size(manifest: ManifestRef, exam: Exam) -> None:
-    """Raises ExamTooSmall before anything is made, where nothing could be decided afterwards."""
-    if manifest.prompts < exam.prompts:
-        raise ExamTooSmall(
-            f"{manifest.prompts} prompts are held out, and without {exam.prompts} nothing is decided: chance would decide. Hold "
-            "more prompts out, or give the exam a manifest of its own"
-        )
+def check_size(held_out: int, of: int, exam: Exam, learnt: int = 0) -> None:
+    """`held_out` prompts of `of`, and `learnt` that the challenger saw in its training.
+
+    Raises ExamTooSmall before anything is made, where nothing could be decided afterwards.
+    """
+    if held_out >= exam.prompts:
+        return
+    told = f"{held_out} of {of} prompts are held out"
+    if learnt:
+        told += f" and were not learnt from by the challenger ({learnt} were)"
+    share = min(1.0, round(1.5 * exam.prompts / of, 2)) if of else 1.0
+    raise ExamTooSmall(
+        f"{told}, and without {exam.prompts} nothing is decided: chance would decide. Hold more out when learning (--held-out"
+        + (f" {share:g}), " if share < 1 and not learnt else "), ")
+        + "or give the gate prompts of its own (--exam prompts.parquet)"
+    )
 
 
 def _said(prompt: pl.Expr) -> pl.Expr:

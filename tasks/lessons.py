@@ -8,7 +8,7 @@ and no image that is too many generations away from the base (DESIGN §7).
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -22,6 +22,7 @@ from tasks.errors import DarkroomError
 from tasks.identity import digest
 from tasks.runs import find_run, load_recipe
 from tasks.store import AT_ONCE, Store, layout, snapshots
+from tasks.store.images import NotAnImage, read_facts
 from tasks.store.shards import read_images, read_index
 from tasks.trainers.buckets import bounds
 from tasks.trainers.pictures import Dataset, Picture, Subset
@@ -83,7 +84,7 @@ def of_sources(
 ) -> Lessons:
     """What is learnt from releases (`name@version`, or `name` for all of that name) and Kohya dataset files (`….toml`) together.
 
-    Safeguards, resolution and batch size are for releases, a dataset file has its own. Raises LessonError, TooDeep, DatasetFileError, RunNotFound, Missing, CorruptObject.
+    Resolution and batch size are for releases, a dataset file has its own. Raises LessonError, TooDeep, DatasetFileError, RunNotFound, Missing, CorruptObject.
     """
     from tasks.kohya import read_toml
 
@@ -91,7 +92,7 @@ def of_sources(
     releases = [release for source in sources if source not in files for release in _named(store, source)]
     if not files and not releases:
         raise LessonError("nothing is named to learn from: give releases, such as demo@1, or Kohya dataset files")
-    parts = [of_datasets(read_toml(file), file) for file in files]
+    parts = [of_datasets(store, read_toml(file), file, safeguards) for file in files]
     if releases:
         parts.append(of_releases(store, releases, resolution, batch_size, safeguards))
     elif safeguards.anchors:
@@ -153,6 +154,7 @@ def of_releases(
         Subset(tuple(_pictures(parts, part)), num_repeats=min(MOST_REPEATS, round(largest / part.height)))
         for part in strata
     ]
+    _check_real(safeguards.anchors)
     seen = sum(len(subset.pictures) * subset.num_repeats for subset in subsets)
     anchoring = anchored(safeguards.anchors, seen, safeguards.anchor_share)
     sources = dict(kept.select("candidate_id", "source").iter_rows())
@@ -178,12 +180,51 @@ def of_releases(
     )
 
 
-def of_datasets(datasets: Sequence[Dataset], source: str) -> Lessons:
-    """What is learnt from a Kohya dataset file; `source`: its name. Nothing says that a model made those pictures: they are taken for
-    real ones, and what learns from them is no generation away."""
+def of_datasets(
+    store: Store,
+    datasets: Sequence[Dataset],
+    source: str,
+    safeguards: Safeguards = Safeguards(),
+) -> Lessons:
+    """What is learnt from a Kohya dataset file; `source`: its name.
+
+    A picture whose file says that Darkroom made it, such as an exported one, is held out and counts as what it is; all others are taken
+    for real ones, which is no generation away. Raises LessonError, TooDeep.
+    """
+    made = _made_here([picture for dataset in datasets for subset in dataset.subsets for picture in subset.pictures])
+    depths = {recipe: _known_depth(store, recipe) for recipe in set(made.values())}
+    asked = pl.DataFrame({"prompt": [picture.caption for picture in made]}, schema={"prompt": pl.String})
+    held_out = dict(zip(made, asked.with_columns(held_out=safeguards.held_out)["held_out"], strict=True))
+    left_out = {"held_out": 0, "too_deep": 0}
+
+    def kept(picture: Picture) -> bool:
+        if picture not in made:
+            return True
+        why = (
+            "held_out"
+            if held_out[picture]
+            else "too_deep"
+            if depths[made[picture]] >= safeguards.most_generations
+            else ""
+        )
+        left_out.update({why: left_out[why] + 1} if why else {})
+        return not why
+
+    datasets = [
+        replace(dataset, subsets=tuple(replace(s, pictures=tuple(filter(kept, s.pictures))) for s in dataset.subsets))
+        for dataset in datasets
+    ]
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     seen = _seen(subsets, lambda picture: source)
-    return Lessons(tuple(datasets), seen, ({"toml": source, "images": seen.height},), generation_depth=0)
+    if not seen.height:
+        raise LessonError(
+            f"no picture of '{source}' is left to learn from: {left_out['held_out']} are Darkroom's of held-out prompts, "
+            f"{left_out['too_deep']} at generation {safeguards.most_generations} or beyond"
+        )
+    generated = [depths[made[picture]] for subset in subsets for picture in subset.pictures if picture in made]
+    facts = {"toml": source, "images": seen.height, **({"generated": len(generated)} if generated else {})}
+    depth = 1 + max(generated) if generated else 0
+    return Lessons(tuple(datasets), seen, (facts,), generation_depth=depth, **left_out)
 
 
 def depth_of(store: Store, recipe: Recipe) -> int:
@@ -209,6 +250,36 @@ def anchored(anchors: Sequence[Dataset], seen: int, share: float) -> list[Subset
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _made_here(pictures: Sequence[Picture]) -> dict[Picture, str]:
+    """Those whose files say that Darkroom made them, with their recipe's id ("": not told)."""
+
+    def recipe_of(picture: Picture) -> str | None:
+        try:
+            facts = read_facts(picture.read())
+        except (NotAnImage, OSError):  # the trainer says so, where the picture is learnt
+            return None
+        return str(facts.get("recipe_id", "")) if "candidate_id" in facts else None
+
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        found = zip(pictures, threads.map(recipe_of, pictures), strict=True)
+        return {picture: recipe for picture, recipe in found if recipe is not None}
+
+
+def _known_depth(store: Store, recipe: str) -> int:
+    """Of an image by its recipe; 0, as the base model's, where this store does not know it."""
+    return depth_of(store, load_recipe(store, recipe)) if recipe and store.exists(layout.recipe(recipe)) else 0
+
+
+def _check_real(anchors: Sequence[Dataset]) -> None:
+    """Raises LessonError: a model made some of them."""
+    made = _made_here([picture for dataset in anchors for subset in dataset.subsets for picture in subset.pictures])
+    if made:
+        raise LessonError(
+            f'{len(made)} of the anchors were made by Darkroom (the first: "{next(iter(made)).caption}"), and anchors are pictures no '
+            "model made: leave them out, or name their dataset file as one to learn from"
+        )
 
 
 def _named(store: Store, source: str) -> list[tuple[str, int]]:
@@ -300,7 +371,7 @@ def _pictures(parts: _Parts, rows: pl.DataFrame) -> list[Picture]:
 def _seen(subsets: Sequence[Subset], source: Callable[[Picture], str]) -> pl.DataFrame:
     """Each picture once, with where it comes from and how often it is seen in an epoch."""
     rows = [
-        (picture.id, source(picture), subset.num_repeats, subset.is_reg)
+        (picture.id, source(picture), picture.caption, subset.num_repeats, subset.is_reg)
         for subset in subsets
         for picture in subset.pictures
     ]

@@ -307,6 +307,7 @@ LESSONS = Table(
             pa.string(),
             "the release, such as demo@3, or the dataset file it is from; anchor: no model made it",
         ),
+        Column("prompt", pa.string(), "its caption, before any variation"),
         Column("repeats", pa.int32(), "how often it is seen in an epoch"),
         Column("is_reg", pa.bool_(), "whether it keeps what the model knew (regularisation)"),
     ),

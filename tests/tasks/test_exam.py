@@ -4,11 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks import tables
-from tasks.exam import Exam, ExamTooSmall, check_size, held_out_prompts, is_held_out, manifest_of
+from tasks.adapters import write_adapter
+from tasks.exam import Exam, ExamTooSmall, check_size, held_out_prompts, is_held_out, manifest_of, not_learnt
 from tasks.ingest import ingest
-from tasks.references import ManifestRef
 from tasks.store import Store, layout
 from tasks.verify import verify
+from tests.tasks.adapters.loras import facts, small_lora
 
 KNOWN = [f"a picture of thing {n}" for n in (1, 10, 13, 18, 30, 38, 6, 7)]
 TEXTS = [f"a picture of thing {n}" for n in range(4_000)]
@@ -51,6 +52,29 @@ def test_the_exams_manifest_leaves_the_numbers_to_the_exam(any_store: Store, tmp
 
 
 def test_too_few_prompts_are_refused_before_anything_is_made() -> None:
-    check_size(ManifestRef("", 20, None, 0, ()), Exam())
-    with pytest.raises(ExamTooSmall, match="19 prompts are held out, and without 20"):
-        check_size(ManifestRef("", 19, None, 0, ()), Exam())
+    check_size(20, 100, Exam())
+    with pytest.raises(ExamTooSmall, match=r"19 of 100 prompts are held out, and without 20.*--held-out 0.3\)"):
+        check_size(19, 100, Exam())
+    with pytest.raises(ExamTooSmall, match=r"19 of 100 .* not learnt from by the challenger \(5 were\).*--exam"):
+        check_size(19, 100, Exam(), learnt=5)
+
+
+def test_a_prompt_is_asked_once_however_often_it_is_spelt(any_store: Store, tmp_path) -> None:
+    texts = [spelling(text) for text in TEXTS[:8] for spelling in (str, str.upper, str.title)]
+    pl.DataFrame({"prompt": texts}).write_parquet(tmp_path / "a.parquet")
+    assert (
+        held_out_prompts(any_store, ingest(str(tmp_path / "a.parquet"), any_store), 1.0)["prompt"].to_list()
+        == TEXTS[:8]
+    )
+
+
+def test_what_the_challenger_saw_is_not_asked(any_store: Store, tmp_path) -> None:
+    pl.DataFrame({"prompt": TEXTS[:30]}).write_parquet(tmp_path / "a.parquet")
+    rows = held_out_prompts(any_store, ingest(str(tmp_path / "a.parquet"), any_store), 1.0)
+    digest = write_adapter(any_store, small_lora(), facts(training="t"))
+    assert not_learnt(any_store, rows, digest).height == not_learnt(any_store, rows, "0" * 32).height == 30
+    seen = [("x", "demo@1", text.upper(), 1, False) for text in TEXTS[:12]]
+    any_store.write_table(
+        layout.lessons("t"), tables.LESSONS.conform(pl.DataFrame(seen, tables.LESSONS.names, orient="row"))
+    )
+    assert not_learnt(any_store, rows, digest)["prompt"].to_list() == TEXTS[12:30]

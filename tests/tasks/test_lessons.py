@@ -158,10 +158,28 @@ def test_no_share_leaves_nothing_to_learn() -> None:
     assert anchored([], 10, 0.5) == [] == anchored([pictures(3)], 10, 0.0)
 
 
-def test_pictures_of_a_dataset_file_are_no_generation_away() -> None:
-    lessons = of_datasets([pictures(3)], "set.toml")
+def test_pictures_of_a_dataset_file_are_no_generation_away(store: Store) -> None:
+    lessons = of_datasets(store, [pictures(3)], "set.toml")
     assert lessons.generation_depth == 0 and lessons.images == 3 and lessons.anchors == 0
     assert lessons.learned_from == ({"toml": "set.toml", "images": 3},)
+
+
+def test_exported_images_are_recognised_as_what_they_are(store: Store) -> None:
+    """In files of other names, as `darkroom export` writes them: held out, counted, and no anchors."""
+    made = released(store)
+    exported = [replace(one, id=f"sha256 of {one.id}") for one in taught(of_releases(store, [("demo", 1)], SIZE, 4))]
+    data = Dataset((Subset(tuple(exported)), Subset(pictures(3).subsets[0].pictures)), SIZE)
+    held_out, prompts = first_prompts(made, 4)
+    lessons = of_datasets(store, [data], "set.toml", Safeguards(held_out))
+    out = ledger_of(made).filter(pl.col("verdict") == "accepted", pl.col("prompt_id").is_in(prompts)).height
+    assert lessons.held_out == out > 0 and lessons.images == len(exported) - out + 3
+    assert lessons.generation_depth == 1 and lessons.learned_from[0]["generated"] == len(exported) - out
+    assert set(lessons.seen["prompt"]) == {picture.caption for picture in taught(lessons)}
+    with pytest.raises(LessonError, match="made by Darkroom"):
+        of_releases(store, [("demo", 1)], SIZE, 4, Safeguards(anchors=[data]))
+    only = Dataset((Subset(tuple(exported)),), SIZE)
+    with pytest.raises(LessonError, match=r"no picture of 'set.toml' is left .* 0 at generation"):
+        of_datasets(store, [only], "set.toml", Safeguards(pl.lit(True)))
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=4), st.sampled_from([64, 128]))

@@ -63,6 +63,9 @@ def random_lora(pipeline: Any, components: tuple[str, ...], *, seed: int = 0, on
 def trained(store: Store, seen: dict[str, str], lora: Lora | None = None, **more: Any) -> str:
     """Put an adapter that learned from these pictures into the store: picture → where it is from, as `demo@1`."""
     about = facts(**{"images": len(seen), "training": digest(sorted(seen)), **more})
-    rows = [{"picture": picture, "source": source, "repeats": 2, "is_reg": False} for picture, source in seen.items()]
+    rows = [
+        {"picture": picture, "source": source, "prompt": "a dog", "repeats": 2, "is_reg": False}
+        for picture, source in seen.items()
+    ]
     store.write_table(layout.lessons(about.training), tables.LESSONS.conform(rows))
     return write_adapter(store, lora or small_lora(), about)
