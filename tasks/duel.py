@@ -224,11 +224,15 @@ def _side(store: Store, duel: Duel, planned: PlanRef, side: str) -> pl.DataFrame
 
 
 def _matrix(embeddings: pl.Series) -> "np.ndarray":
+    """float32 [n, d] of a column of lists of one length; NaN where there is none."""
     import numpy as np
 
-    rows = embeddings.to_list()
-    width = next((len(row) for row in rows if row is not None), 1)
-    return np.array([row if row is not None else [np.nan] * width for row in rows], dtype=np.float32).reshape(-1, width)
+    there = embeddings.is_not_null().to_numpy()
+    values = embeddings.drop_nulls().explode().to_numpy()  # without a Python float for each
+    width = len(values) // there.sum() if there.any() else 1
+    found = np.full((len(there), width), np.nan, dtype=np.float32)
+    found[there] = values.reshape(-1, width)
+    return found
 
 
 def _adapters(recipe: Recipe) -> str:

@@ -17,6 +17,7 @@ import polars as pl
 
 from tasks.exam import Exam
 from tasks.lift import signed
+from tasks.metrics import unit_norm
 from tasks.metrics.diversity import dispersion, vendi
 from tasks.metrics.paired import paired_bootstrap
 
@@ -215,15 +216,15 @@ def _harmless(both: pl.DataFrame, numbers: dict[str, Any], exam: Exam) -> Findin
 
 
 def _within(owners: pl.Series, vectors: "np.ndarray") -> "np.ndarray":
-    """1 − cosine of all pairs of unit vectors [n, d] that have one owner."""
+    """1 − cosine of all pairs of vectors [n, d] that have one owner. Raises MetricError."""
     import numpy as np
 
+    directions = unit_norm("1 − cosine", vectors, 0)
     found = [np.empty(0)]
     for rows in (
         pl.DataFrame({"owner": owners}).with_row_index().group_by("owner", maintain_order=True).agg("index")["index"]
     ):
-        own = vectors[rows.to_numpy()]
-        own = own / np.linalg.norm(own, axis=1, keepdims=True)
+        own = directions[rows.to_numpy()]
         found.append(1 - (own @ own.T)[np.triu_indices(len(own), 1)])
     return np.concatenate(found)
 

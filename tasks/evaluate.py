@@ -6,10 +6,12 @@ computed from, since most of them change with it.
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import combinations
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +21,20 @@ import polars as pl
 from tasks.errors import DarkroomError
 from tasks.identity import digest, sha256
 from tasks.lessons import approved
-from tasks.metrics import MetricError
+from tasks.metrics import MetricError, enough
 from tasks.runs import find_run, library_versions
 from tasks.store import Store, images, layout
 from tasks.store.shards import read_images
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from tasks.metrics.extractors import Inception, Lpips
     from tasks.scorers import Scorer
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
-AT_ONCE = 256  # images decoded at a time
+AT_ONCE = 256  # images of one size decoded at a time
+HELD = 256 * 1024**2  # bytes of pixels that wait for others of their size: 85 images of 1024 × 1024
 PAIRED = 4  # images of a prompt that LPIPS compares, each with each
+METHOD = 2  # part of what was asked: numbers that an older Darkroom computed otherwise are not found again
 
 
 class EvaluationError(DarkroomError):
@@ -60,7 +62,7 @@ class Shown:
     ids: tuple[str, ...]
     prompts: tuple[str, ...]
     groups: tuple[str, ...]  # of images of one prompt
-    read: Any  # () → iterator of (id, bytes), in any order
+    read: Callable[[], Iterator[tuple[str, bytes]]]  # ids and image files, in any order
 
     @property
     def digest(self) -> str:
@@ -78,7 +80,7 @@ class Shown:
         keep = sorted(ranked)
         wanted = {self.ids[at] for at in keep}
 
-        def read() -> "Iterator[tuple[str, bytes]]":
+        def read() -> Iterator[tuple[str, bytes]]:
             return ((id, data) for id, data in self.read() if id in wanted)
 
         ids, prompts, groups = (tuple(column[at] for at in keep) for column in (self.ids, self.prompts, self.groups))
@@ -98,7 +100,7 @@ def find_images(store: Store, named: str) -> Shown:
     rows = approved(store, find_run(store, named))
     ids, prompts, groups = (tuple(rows[column]) for column in ("candidate_id", "prompt", "prompt_id"))
 
-    def read() -> "Iterator[tuple[str, bytes]]":
+    def read() -> Iterator[tuple[str, bytes]]:
         for part in rows.partition_by("part"):
             yield from read_images(store, part)
 
@@ -120,8 +122,10 @@ def evaluate(
     `features` makes the embeddings; it and the `scorers` give CLIP scores. `inception` adds the Inception Score, and the FID and KID that
     papers tell; `lpips` how unlike the images of a prompt look. Raises EvaluationError, MetricError, CorruptObject.
     """
+    _check_counts(shown, reference)
     judges = {scorer.fingerprint: scorer for scorer in (features, *scorers)}
     asked = {
+        "method": METHOD,
         "images": shown.digest,
         "reference": reference.digest if reference else None,
         "features": features.fingerprint,
@@ -157,12 +161,24 @@ def evaluate(
 # --- the numbers -----------------------------------------------------------------------------------------------------
 
 
+def _check_counts(shown: Shown, reference: Shown | None) -> None:
+    """Raises MetricError before any image is looked at, where a number would be refused after all of them were."""
+    from tasks.metrics.distances import check_counts
+
+    enough("dispersion", len(shown.ids), 2)
+    if reference:
+        check_counts(len(shown.ids), len(reference.ids))
+
+
 def _scores(shown: Shown, judges: "dict[str, Scorer]", cosines: dict[str, np.ndarray]) -> list[Measure]:
-    """The mean cosine with the prompts, ×100 as CLIP scores are told (Hessel et al. 2021, without its factor and floor)."""
-    if not any(shown.prompts):
+    """The mean cosine with the prompts, ×100 as CLIP scores are told (Hessel et al. 2021, without its factor and floor), of the images
+    whose prompt is known."""
+    prompted = np.array([bool(prompt) for prompt in shown.prompts])
+    many = int(prompted.sum())
+    if not many:
         return []
     return [
-        Measure("CLIP score", 100 * float(cosines[print_].mean()), len(shown.ids), better="higher", by=judge.model)
+        Measure("CLIP score", 100 * float(cosines[print_][prompted].mean()), many, better="higher", by=judge.model)
         for print_, judge in judges.items()
     ]
 
@@ -195,7 +211,7 @@ def _distances(vectors: np.ndarray, theirs: np.ndarray, by: str, seed: int) -> l
         measure("FID", fid(vectors, theirs), "lower"),
         measure("KID", mean, "lower", deviation),
         measure("CMMD, σ = 10", cmmd(vectors, theirs), "lower"),
-        measure("CMMD, σ = median", cmmd(vectors, theirs, None), "lower"),
+        measure("CMMD, σ = median", cmmd(vectors, theirs, None, seed), "lower"),
         *(measure(f"{name} (k = {NEIGHBOURS})", getattr(shares, name), "higher") for name in vars(shares)),
     ]
 
@@ -219,18 +235,18 @@ def _by_inception(shown: Shown, reference: Shown | None, inception: "Inception",
 def _unlike(shown: Shown, lpips: "Lpips") -> list[Measure]:
     """The mean LPIPS of pairs of images of one prompt: PAIRED of a prompt, each with each, and of prompts their mean."""
     of = dict(zip(shown.ids, shown.groups, strict=True))
-    waiting: dict[str, list[np.ndarray]] = {}
+    waiting: dict[str, list[tuple[str, bytes]]] = {}  # files, as the images of a prompt may lie far apart
     means, images_ = [], 0
     left = Counter(shown.groups)
-    for id, pixels in _decoded(shown):
+    for id, data in shown.read():
         group = of[id]
         left[group] -= 1
         held = waiting.setdefault(group, [])
-        if len(held) < PAIRED and (not held or held[0].shape == pixels.shape):
-            held.append(pixels)
+        if len(held) < PAIRED and (not held or _size(shown, *held[0]) == _size(shown, id, data)):
+            held.append((id, data))
         if left[group]:
             continue
-        there = waiting.pop(group)
+        there = [_pixels(shown, *one) for one in waiting.pop(group)]
         if len(there) > 1:
             pairs = list(combinations(there, 2))
             means.append(lpips.distances(*(np.stack(side) for side in zip(*pairs, strict=True))).mean())
@@ -270,27 +286,50 @@ def _seen(shown: Shown, inception: "Inception") -> tuple[np.ndarray, np.ndarray]
     return features, probabilities
 
 
-def _in_sizes(shown: Shown, place: dict[str, int]) -> "Iterator[tuple[list[int], np.ndarray]]":
-    """Places and pixels uint8 [n, h, w, 3] of images of one size, AT_ONCE at most."""
+def _in_sizes(shown: Shown, place: dict[str, int]) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Places and pixels uint8 [n, h, w, 3] of images of one size, AT_ONCE at most; HELD bytes of others wait meanwhile, however many sizes
+    there are. Raises EvaluationError."""
     waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
-    for id, pixels in _decoded(shown):
-        same = waiting.setdefault(pixels.shape, [])
-        same.append((place[id], pixels))
-        if len(same) == AT_ONCE:
-            yield [at for at, _ in same], np.stack([one for _, one in same])
-            same.clear()
-    for same in waiting.values():
-        if same:
-            yield [at for at, _ in same], np.stack([one for _, one in same])
-
-
-def _decoded(shown: Shown) -> "Iterator[tuple[str, np.ndarray]]":
-    """Ids and pixels uint8 [h, w, 3]. Raises EvaluationError."""
+    held = 0
     for id, data in shown.read():
-        try:
-            yield id, images.decode(data)
-        except images.NotAnImage as error:
-            raise EvaluationError(f"image {id} of {shown.name}: {error}; take it out") from error
+        pixels = _pixels(shown, id, data)
+        waiting.setdefault(pixels.shape, []).append((place[id], pixels))
+        held += pixels.nbytes
+        if len(waiting[pixels.shape]) == AT_ONCE:
+            full = pixels.shape
+        elif held > HELD:
+            full = max(waiting, key=lambda shape: len(waiting[shape]) * prod(shape))
+        else:
+            continue
+        held -= len(waiting[full]) * prod(full)
+        yield _stacked(waiting.pop(full))
+    while waiting:
+        yield _stacked(waiting.popitem()[1])
+
+
+def _stacked(same: list[tuple[int, np.ndarray]]) -> tuple[list[int], np.ndarray]:
+    return [at for at, _ in same], np.stack([pixels for _, pixels in same])
+
+
+def _pixels(shown: Shown, id: str, data: bytes) -> np.ndarray:
+    """uint8 [h, w, 3]. Raises EvaluationError."""
+    with _named(shown, id):
+        return images.decode(data)
+
+
+def _size(shown: Shown, id: str, data: bytes) -> tuple[int, int]:
+    """Width and height, by the head of the file. Raises EvaluationError."""
+    with _named(shown, id):
+        return images.size(data)
+
+
+@contextmanager
+def _named(shown: Shown, id: str) -> Iterator[None]:
+    """Says which file it is that is no image. Raises EvaluationError."""
+    try:
+        yield
+    except images.NotAnImage as error:
+        raise EvaluationError(f"image {id} of {shown.name}: {error}; take it out") from error
 
 
 def _of_folder(folder: Path) -> Shown:

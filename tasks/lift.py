@@ -32,7 +32,6 @@ SAMPLE = 2_000  # candidates the judge looks at, about: a lift of a tenth of σ 
 RESAMPLES = 2_000  # of the bootstrap: the ends of a 95 % interval are then steady to about a tenth of its half width
 CONFIDENCE = 0.95
 MIN_PROMPTS = 10  # fewer are too few to resample
-CHUNK = 4_000_000  # numbers of a resampling held at once
 
 
 class LiftError(DarkroomError):
@@ -207,16 +206,13 @@ def bootstrap(
     """
     import numpy as np
 
+    from tasks.metrics.bootstrap import resampled
+
     scores = scores - scores.mean()  # small numbers add up without loss
     weights = (np.ones(len(scores)), scores, accepted.astype(float), scores * accepted)
     sums = np.stack([np.bincount(prompts, weight) for weight in weights], axis=1)  # [prompts, 4]
-    count = len(sums)
-    draws = np.random.default_rng(seed)
     lifts: list[np.ndarray] = []
-    for start in range(0, resamples, size := max(1, CHUNK // count)):
-        times = draws.multinomial(
-            count, np.full(count, 1 / count), min(size, resamples - start)
-        )  # how often each is drawn
+    for times in resampled(len(sums), resamples, seed):
         n, total, n_accepted, total_accepted = (times.astype(float) @ sums).T
         some = n_accepted > 0
         lifts.append(total_accepted[some] / n_accepted[some] - total[some] / n[some])

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tasks.metrics import MetricError, checked
+from tasks.metrics import unit_norm
 
 
 def vendi(embeddings: np.ndarray) -> float:
@@ -11,7 +11,7 @@ def vendi(embeddings: np.ndarray) -> float:
     exp of the Shannon entropy of the eigenvalues of K / n, K being the cosines of all pairs (Friedman & Dieng 2023, TMLR, The Vendi
     Score). It cannot exceed d, and it grows with n: compare sets of one size. Raises MetricError.
     """
-    units = _units("the Vendi score", embeddings, 1)
+    units = unit_norm("the Vendi score", embeddings, 1)
     n, d = units.shape
     eigenvalues = np.linalg.eigvalsh(
         (units @ units.T if n <= d else units.T @ units) / n
@@ -22,17 +22,7 @@ def vendi(embeddings: np.ndarray) -> float:
 
 def dispersion(embeddings: np.ndarray) -> float:
     """The mean of 1 − cosine over all pairs of different rows of [n, d]; 0 where all are one. Raises MetricError."""
-    units = _units("dispersion", embeddings, 2)
+    units = unit_norm("dispersion", embeddings, 2)
     n = len(units)
     total = units.sum(axis=0)
     return max(0.0, float(1 - (total @ total - n) / (n * (n - 1))))  # rounding may leave it just below 0
-
-
-def _units(what: str, embeddings: np.ndarray, least: int) -> np.ndarray:
-    rows = checked(what, embeddings, least)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    if not norms.all():
-        raise MetricError(
-            f"{what}: {int((norms == 0).sum())} of {len(rows)} embeddings are zero, and have no direction"
-        )
-    return rows / norms

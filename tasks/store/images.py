@@ -130,6 +130,12 @@ def decode(data: bytes) -> "np.ndarray":
             raise NotAnImage(f"an image file of {len(data)} bytes is torn: {error}") from error
 
 
+def size(data: bytes) -> tuple[int, int]:
+    """Width and height of an image file in pixels, by its head alone. Raises NotAnImage."""
+    with _opened(data) as image:
+        return image.size
+
+
 def read_facts(data: bytes) -> Facts | dict[str, str]:
     """The facts inside an image file, as they were given to `encode`.
 

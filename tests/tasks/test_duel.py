@@ -1,15 +1,17 @@
 """From work orders to a decision with its evidence, with real images, scores and stores."""
 
 import io
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 from PIL import Image
 
 from tasks import tables
-from tasks.duel import DuelError, find_decision, load_decision, plan_duel, settle
+from tasks.duel import DuelError, _matrix, find_decision, load_decision, plan_duel, settle
 from tasks.exam import Exam
 from tasks.identity import candidate_id, sha256, shared_seed
 from tasks.lift import LiftError
@@ -188,3 +190,24 @@ def test_sides_that_were_not_made_from_one_noise_are_not_compared(tmp_path: Path
     made.store.write_table(key, tables.SHARD_INDEX.conform(index))
     with pytest.raises(DuelError, match="not made from the same seed"):
         settle(made.store, made.duel, made.run)
+
+
+@pytest.mark.parametrize("lost", [[], [0, 7], list(range(10))])
+def test_embeddings_become_a_matrix_with_nan_where_there_is_none(lost: list[int]) -> None:
+    rows = np.random.default_rng(0).normal(size=(10, 6)).astype(np.float16)
+    column = pl.Series([None if at in lost else row.tolist() for at, row in enumerate(rows)], dtype=pl.List(pl.Float16))
+    found = _matrix(column)
+    expected = rows.astype(np.float32)
+    expected[lost] = np.nan
+    if len(lost) == len(rows):
+        expected = expected[:, :1]  # nothing tells the width
+    assert found.dtype == np.float32 and np.array_equal(found, expected, equal_nan=True)
+
+
+def test_a_matrix_of_embeddings_is_made_without_a_python_object_for_each_number() -> None:
+    column = pl.Series(np.zeros((2000, 256), np.float16)).cast(pl.List(pl.Float16))
+    tracemalloc.start()
+    found = _matrix(column)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * found.nbytes

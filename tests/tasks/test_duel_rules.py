@@ -196,6 +196,6 @@ def test_the_verdict_does_not_depend_on_the_order_and_never_favours_both(seed: i
     assert not (verdict.promoted and other.promoted)
     assert other.numbers["gain"]["mean"] == pytest.approx(-verdict.numbers["gain"]["mean"])
     if gain >= 0.25:
-        assert verdict.promoted
+        assert "gain" not in broken(verdict)  # though 1 in 100 loses 5 % of its Vendi score by chance
     if gain <= 0:
         assert not verdict.promoted or verdict.numbers["gain"]["low"] > 0

@@ -97,7 +97,7 @@ def test_the_interval_is_that_of_the_obvious_loop() -> None:
 
 def test_in_slices_the_interval_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = bootstrap(*population(3, 40, 0.5), resamples=500)
-    monkeypatch.setattr("tasks.lift.CHUNK", 40 * 7)
+    monkeypatch.setattr("tasks.metrics.bootstrap.CHUNK", 40 * 7)
     assert bootstrap(*population(3, 40, 0.5), resamples=500) == pytest.approx(whole, abs=1e-12)
 
 

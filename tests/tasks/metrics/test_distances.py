@@ -1,12 +1,15 @@
 """Distances of sets of images, against closed forms and plain loops."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.metrics import MetricError
-from tasks.metrics.distances import cmmd, fid, inception_score, kid, manifold
+from tasks.metrics import MetricError, distances
+from tasks.metrics.distances import check_counts, cmmd, fid, inception_score, kid, manifold
 
 
 def gauss(n: int, d: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> np.ndarray:
@@ -45,7 +48,26 @@ def test_kid_is_the_unbiased_estimate() -> None:
     own = sum((kernel(x, x).sum() - np.trace(kernel(x, x))) / (n * (n - 1)) for x in (a, b))
     mean, deviation = kid(a, b)
     assert mean == pytest.approx(own - 2 * kernel(a, b).mean(), rel=1e-3)
-    assert deviation == pytest.approx(0, abs=1e-5)  # each subset is all of them
+    assert deviation is None  # the only subset is all of them
+
+
+def test_kid_has_a_deviation_where_subsets_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    mean, deviation = kid(gauss(40, 6, 0), gauss(60, 6, 1, shift=0.4))
+    assert deviation is not None and deviation > 0.01 * mean  # of the larger set
+    monkeypatch.setattr(distances, "KID_SUBSET", 30)
+    mean, deviation = kid(gauss(40, 6, 0), gauss(40, 6, 1, shift=0.4))
+    assert deviation is not None and deviation > 0.01 * mean
+    assert (mean, deviation) == kid(gauss(40, 6, 0), gauss(40, 6, 1, shift=0.4))
+
+
+def test_kid_leaves_random_numbers_and_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fork_rng` without devices copies the state of every GPU there is."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: pytest.fail(f"looked at {device}"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda *_, **__: True)
+    before = torch.random.get_rng_state()
+    kid(gauss(40, 6, 0), gauss(40, 6, 1))
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("sigma", [10.0, None])
@@ -62,6 +84,94 @@ def test_at_sigma_ten_cmmd_hardly_sees_more_than_means() -> None:
     ring = np.stack([np.cos(angles), np.sin(angles)], 1)
     points = np.stack([np.sign(np.cos(angles)), np.zeros(400)], 1)
     assert cmmd(ring, points, None) > 300 * cmmd(ring, points, 10.0)
+
+
+def squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Squared distances [n, m], one by one."""
+    return ((a[:, None] - b[None]) ** 2).sum(-1)
+
+
+def cmmd_by_hand(a: np.ndarray, b: np.ndarray, sigma: float | None) -> float:
+    a, b = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (a, b))
+    if sigma is None:
+        both = np.concatenate([a, b])
+        sigma = float(np.sqrt(np.median(squares(both, both)[np.triu_indices(len(both), 1)])))
+    within_a, within_b, across = (np.exp(-squares(*pair) / (2 * sigma**2)) for pair in ((a, a), (b, b), (a, b)))
+    own = sum(kernel[~np.eye(len(kernel), dtype=bool)].mean() for kernel in (within_a, within_b))
+    return 1000 * (own - 2 * across.mean())
+
+
+def manifold_by_hand(a: np.ndarray, b: np.ndarray, k: int) -> dict[str, float]:
+    across, radius_a, radius_b = squares(a, b), np.sort(squares(a, a))[:, k], np.sort(squares(b, b))[:, k]
+    return {
+        "precision": (across <= radius_b).any(1).mean(),
+        "recall": (across <= radius_a[:, None]).any(0).mean(),
+        "density": (across <= radius_b).sum() / (k * len(a)),
+        "coverage": (across <= radius_b).any(0).mean(),
+    }
+
+
+@given(
+    st.integers(0, 10**6),
+    st.integers(7, 30),
+    st.integers(7, 30),
+    st.integers(1, 6),
+    st.integers(1, 1000),
+    st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_blocks_change_nothing(seed: int, n: int, m: int, k: int, block: int, doubled: bool) -> None:
+    a, b = gauss(n, 5, seed), gauss(m, 5, seed + 1, shift=0.5)
+    if doubled:  # distances that are equal, but for rounding
+        a = np.concatenate([a, b[:3], a[:4]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distances, "BLOCK", block)
+        for sigma in (10.0, None):
+            assert cmmd(a, b, sigma) == pytest.approx(cmmd_by_hand(a, b, sigma), abs=1e-9)
+        assert vars(manifold(a, b, k)) == pytest.approx(manifold_by_hand(a, b, k), abs=1e-12)
+
+
+def test_memory_is_bounded_by_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    n, block = 1200, 20_000
+    monkeypatch.setattr(distances, "BLOCK", block)
+    monkeypatch.setattr(distances, "MEDIAN_PAIRS", 1000)
+    monkeypatch.setattr(distances, "MEDIAN_SAMPLE", 20_000)
+    a, b = gauss(n, 8, 0), gauss(n, 8, 1)
+    for measure in (lambda: cmmd(a, b), lambda: cmmd(a, b, None), lambda: manifold(a, b)):
+        tracemalloc.start()
+        measure()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < n * n * 8 / 4  # of what one array of all distances takes
+
+
+def test_of_many_images_the_median_is_that_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = gauss(200, 6, 0), gauss(200, 6, 1, shift=0.5)
+    exact = cmmd(a, b, None)
+    monkeypatch.setattr(distances, "MEDIAN_PAIRS", 400 * 399 // 2 - 1)
+    monkeypatch.setattr(distances, "MEDIAN_SAMPLE", 100_000)
+    sampled = cmmd(a, b, None, seed=1)
+    assert sampled != exact and sampled == pytest.approx(exact, rel=0.01)
+    assert sampled == cmmd(a, b, None, seed=1) != cmmd(a, b, None, seed=2)
+    with pytest.raises(MetricError, match="one and the same"):
+        cmmd(np.ones((200, 6)), np.ones((200, 6)), None)
+
+
+def test_images_that_are_one_have_no_median_distance_however_it_is_rounded() -> None:
+    one = gauss(1, 512, 3)
+    with pytest.raises(MetricError, match="one and the same"):
+        cmmd(one.repeat(40, axis=0), np.concatenate([one.repeat(30, axis=0), gauss(10, 512, 4)]), None)
+
+
+def test_the_authors_biased_cmmd_is_larger_by_what_the_docstring_says() -> None:
+    a, b = gauss(30, 8, 0), gauss(40, 8, 1, shift=0.3)
+    unit_a, unit_b = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (a, b))
+    within_a, within_b, across = (
+        np.exp(-squares(*pair) / 200) for pair in ((unit_a, unit_a), (unit_b, unit_b), (unit_a, unit_b))
+    )
+    biased = 1000 * (within_a.mean() + within_b.mean() - 2 * across.mean())
+    more = sum((1 - kernel[~np.eye(len(kernel), dtype=bool)].mean()) / len(kernel) for kernel in (within_a, within_b))
+    assert biased - cmmd(a, b) == pytest.approx(1000 * more, abs=1e-9)
 
 
 @given(st.integers(0, 10**6))
@@ -97,3 +207,14 @@ def test_what_cannot_be_computed_says_why() -> None:
         fid(np.full((5, 2), np.nan), gauss(5, 2, 0))
     with pytest.raises(MetricError, match="one and the same"):
         cmmd(np.ones((5, 2)), np.ones((5, 2)), None)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 9), (9, 1), (5, 9), (9, 5), (30, 40)])
+def test_counts_are_refused_beforehand_with_the_same_words(n: int, m: int) -> None:
+    a, b = gauss(n, 2, 0), gauss(m, 2, 1)
+    with pytest.raises(MetricError) as late:
+        _ = kid(a, b), manifold(a, b), fid(a, b)
+    with pytest.raises(MetricError) as early:
+        check_counts(n, m)
+    assert str(early.value) == str(late.value)
+    check_counts(30, 30)

@@ -52,7 +52,7 @@ def test_neither_order_nor_length_nor_rotation_matters(seed):
     [
         (np.zeros((0, 3)), "received 0"),
         (np.array([[1.0, np.nan], [1, 1]]), "1 of 2 images are not finite"),
-        (np.array([[0.0, 0], [1, 1]]), "1 of 2 embeddings are zero"),
+        (np.array([[0.0, 0], [1, 1]]), "1 of 2 features are zero"),
         (np.ones(3), "shape"),
     ],
 )

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from tasks.store.images import FORMATS, Facts, NotAnImage, decode, encode, parameters, pixel_hash, read_facts
+from tasks.store.images import FORMATS, Facts, NotAnImage, decode, encode, parameters, pixel_hash, read_facts, size
 
 FACTS = Facts(
     candidate_id="0123456789abcdef0123456789abcdef",
@@ -103,6 +103,15 @@ def test_what_is_no_image_is_named() -> None:
         read_facts(b"PAR1")
     with pytest.raises(NotAnImage, match="torn"):
         decode(encode(PIXELS, FACTS)[:-200])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_size_is_read_from_the_head_alone(format: str) -> None:
+    data = encode(PIXELS, FACTS, format)
+    assert size(data) == (PIXELS.shape[1], PIXELS.shape[0])
+    assert size(encode(PIXELS, FACTS)[:-200]) == size(data)  # torn
+    with pytest.raises(NotAnImage, match="not an image file"):
+        size(b"no image")
 
 
 def test_the_pixel_hash_is_of_shape_and_pixels() -> None:
