@@ -78,7 +78,7 @@ def decide(
             Judging(),
         )
         with open_pool(workers) as pool:
-            shards, _ = fan_out(store, plan, job, pool, Budget())
+            shards, _ = fan_out(store, plan, job, pool, Budget(), doing="comparing")
         made = sum(shard.made for shard in shards)
         decision = whole(
             partial(mend_whole, store, plan, job, workers), partial(gate_steps.settle, store, duel, plan.run)

@@ -48,15 +48,16 @@ def fan_out(
     pool: Pool,
     budget: Budget,
     canary: Callable[[ShardRef], None] = lambda shard: None,
+    doing: str = "developing",
 ) -> tuple[list[ShardMade], str | None]:
     """Make and score all shards of a plan; what was made, and why the rest was left out, if it was.
 
     The canary's shard goes first and alone: `canary` looks at its scores, and raises where the others would be wasted.
     When the budget is spent, nothing more is started. Raises RunIncomplete at the end where shards failed, ScorerError and the
-    like at once.
+    like at once. `doing`: what it is, in a word, for who watches.
     """
     night = _Night(store, plan, job, pool, budget)
-    with Progress(len(plan.shards), plan.candidates, pool.images) as progress:
+    with Progress(doing, len(plan.shards), plan.candidates, pool.images) as progress:
         first = None if night.left_out else canary_shard(plan)
         if first:
             night.hold_back_all_but(first)

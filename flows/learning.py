@@ -136,3 +136,12 @@ def learn_and_decide(
         log.warning("%s", error)
         found["nothing"] = str(error)
     return found
+
+
+def in_short(learnt: dict[str, Any]) -> dict[str, str]:
+    """What `learn_and_decide` came to, for the run's report."""
+    told = {"learnt": learnt["learnt"].in_words} if "learnt" in learnt else {}
+    if duel := learnt.get("duel"):
+        told["promoted"] = "yes" if duel.get("promoted") else f"no: {'; '.join(duel.get('reasons', ()))}"
+        told |= {name: duel[name] for name in ("decision", "sheet") if name in duel}
+    return told | ({"not learnt": learnt["nothing"]} if "nothing" in learnt else {})

@@ -16,7 +16,7 @@ from prefect.runtime import flow_run
 from flows import attempts, gate_steps, steps
 from flows.decide import check_gate
 from flows.fanout import fan_out, mend_whole, whole
-from flows.learning import hold_out, learn_and_decide
+from flows.learning import hold_out, in_short, learn_and_decide
 from flows.parameters import Budget, Exam, Generation, Learning, Policy, Scoring, Workers
 from flows.pools import check_workers, for_cluster, open_pool
 from tasks.accounting import in_words as cost_in_words
@@ -151,6 +151,9 @@ def nightly(
         if held_out:
             forms = (generation, scoring, learning, exam, workers)
             learnt = learn_and_decide(store, released, base, held_out, events, *forms)
+            if released.new or learnt.get("duel", {}).get("made"):  # else the report says so already
+                told = in_short(learnt)
+                steps.report(store, name, selection, released, plan, snapshot, policy, lift, summary, costs, told)
 
     return {
         "run": run,

@@ -123,8 +123,8 @@ def _defender(champion: Any) -> str:
     return champion.in_words if champion else "the base model"
 
 
-def print_training(store: Any, learnt: Any, copied: list[str]) -> None:
-    """`copied`: the adapter's files outside of the store."""
+def print_training(store: Any, learnt: Any, copied: list[str], seconds: float) -> None:
+    """`copied`: the adapter's files outside of the store; `seconds`: that the command took, loading models and all."""
     from rich.markup import escape
 
     from tasks.adapters import load_card
@@ -133,12 +133,15 @@ def print_training(store: Any, learnt: Any, copied: list[str]) -> None:
     rows = Rows()
     rows.add("adapter", f"[bold]{learnt.adapter}[/]")
     rows.add("learnt", escape(learnt.in_words))
+    rows.add("training", learnt.training)
     rows.add("loss", f"{learnt.loss:.4f} at the end (mean of the last steps)")
     if card["trigger"]:
         rows.add("trigger", escape(card["trigger"]))
-    for file, use in zip(copied or [store.uri(file["key"]) for file in card["files"]], FORMS, strict=True):
+    for file, use in zip(
+        copied or [store.uri(file["key"]).removeprefix("file://") for file in card["files"]], FORMS, strict=True
+    ):
         rows.add(use, escape(file))
-    rows.print(f"[bold]Darkroom[/] training {learnt.training} in {learnt.seconds:.0f} s")
+    rows.print(f"[bold]Darkroom[/] training {learnt.training[:12]} in {seconds:.0f} s")
 
 
 def print_champion(store: Any, champion: Any) -> None:

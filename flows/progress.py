@@ -15,6 +15,8 @@ from flows import worker
 from tasks.errors import DarkroomError, Stopped
 from tasks.store import Store
 
+NUMBERS = 74  # characters beside a bar
+
 _current: "Progress | None" = None
 
 
@@ -27,29 +29,16 @@ def advance(images: int) -> None:
 class Progress:
     """Shows shards done, images per second and time left while it is entered.
 
-    `elsewhere` tells how many images other processes have done, ever.
+    `doing`: what it is, in a word; `elsewhere` tells how many images other processes have done, ever.
     """
 
-    def __init__(self, shards: int, images: int, elsewhere: Callable[[], int] = lambda: 0):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bar
-
+    def __init__(self, doing: str, shards: int, images: int, elsewhere: Callable[[], int] = lambda: 0):
         self.shards, self.images = shards, images
         self._shards_done = self._images_done = self._in_shards = 0
         self._elsewhere, self._before = elsewhere, elsewhere()
         self._news, self._ended = threading.Event(), False
         self._started = time.monotonic()
-        self._bar = Bar(
-            TextColumn("  developing"),
-            BarColumn(bar_width=32),
-            MofNCompleteColumn(),
-            TextColumn("images · {task.fields[shards]} shards · {task.fields[rate]} · {task.fields[left]}"),
-            TimeElapsedColumn(),
-            console=Console(file=sys.stderr),
-            disable=not sys.stderr.isatty(),
-            transient=False,
-        )
+        self._bar = _bar(doing, "images · {task.fields[shards]} shards · {task.fields[rate]} · {task.fields[left]}")
         self._task = self._bar.add_task("", total=images, **self._texts())
 
     def images_done(self, images: int) -> None:
@@ -134,20 +123,8 @@ class Training:
     PUBLISH_SECONDS = 5.0
 
     def __init__(self, model: str, store: Store):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bar
-
         self.title, self._store = f"{model} learns", store
-        self._bar = Bar(
-            TextColumn("  learning  "),
-            BarColumn(bar_width=32),
-            MofNCompleteColumn(),
-            TextColumn("steps · {task.fields[told]}"),
-            TimeElapsedColumn(),
-            console=Console(file=sys.stderr),
-            disable=not sys.stderr.isatty(),
-        )
+        self._bar = _bar("learning", "steps · {task.fields[told]}")
         self._published = 0.0
         self._context = (
             contextvars.copy_context()
@@ -191,12 +168,29 @@ class Training:
 
         _stopped.clear()
         self._artifact: Any = create_progress_artifact(progress=0.0, description=self.title)
-        self._task = self._bar.add_task("", total=None, told="")
+        self._task = self._bar.add_task("", total=None, told="the model is loaded …")
         self._bar.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._bar.stop()
+
+
+def _bar(doing: str, told: str) -> Any:
+    """A bar of rich, on a terminal only; where that is narrow, the bar itself becomes shorter, and no number is lost."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.table import Column
+
+    console = Console(file=sys.stderr)
+    return Progress(
+        TextColumn(f"  {doing:10}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=max(4, min(32, console.width - NUMBERS))),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TextColumn(told, table_column=Column(no_wrap=True)),
+        console=console,
+        disable=not sys.stderr.isatty(),
+    )
 
 
 _stopped = threading.Event()

@@ -266,20 +266,22 @@ def report(
     lift: Lift,
     summary: dict[str, Any],
     costs: Costs | None = None,
+    learnt: dict[str, str] | None = None,
 ) -> str:
     """Write the HTML report and the summary that Prefect shows; returns where the report is.
 
-    A run started again that released nothing new keeps the report it has.
+    A run started again that released nothing new keeps the report it has, unless it is told what was `learnt` since.
     """
     from prefect.artifacts import create_markdown_artifact
 
     from tasks.report import summarize, write_report
 
     place = Store(store)
-    facts = {"This run": {title.replace("_", " "): value for title, value in summary.items() if value is not None}}
+    facts: dict[str, Any] = {"Learning": learnt} if learnt else {}
+    facts |= {"This run": {title.replace("_", " "): value for title, value in summary.items() if value is not None}}
     key = layout.report(selection.run)
     shown: dict[str, Any] = {"name": name, "policy": policy, "release": released, "lift": lift, "costs": costs}
-    if released is None or released.new or not place.exists(key):
+    if learnt or released is None or released.new or not place.exists(key):
         write_report(place, selection, plan, manifest, facts=facts, **shown)
     create_markdown_artifact(
         summarize(place, selection, plan, report=place.uri(key), **shown),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SIDES = ("champion", "challenger")
 WORST = 0.05  # quantile of the champion's images that counts as its worst, and of its pairs as its most alike
 HARM_CONFIDENCE = 0.90  # two-sided, and one end counts: 95 % certainty that a stratum does not lose more than it may
-SMALL = "small strata"  # together
+SMALL = "the smaller strata together"
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def learn(
         training=trained.training,
         trigger=trained.trigger,
         rank=None if settings.method == "textual_inversion" else settings.rank,
-        settings=settings.model_dump(mode="json") | {"dtype": trained.dtype},
+        settings=settings.model_dump(mode="json") | {"dtype": trained.dtype, "alpha": settings.scale},
         steps=trained.steps,
         seconds=trained.seconds,
         seed=settings.seed,

@@ -1,5 +1,6 @@
 """Adapters in traces: those that an image's recipe wears, those that learned from it; and from an adapter back and forward."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -8,6 +9,8 @@ import polars as pl
 
 from tasks.adapters.cards import load_card, stored
 from tasks.champions import history, names
+from tasks.duel import load_decision
+from tasks.duel_rules import SIDES
 from tasks.engines import Recipe
 from tasks.runs import finished_runs, load_recipe
 from tasks.store import AT_ONCE, Store, layout, snapshots
@@ -48,7 +51,7 @@ def trace_adapter(store: Store, digest: str) -> Facts:
     """Everything the store knows of one of its adapters, as nested JSON values.
 
     adapter (its card), learned_from (releases, files and anchors; of a release which adapters its images were made with), made (one
-    a run, with its releases) and champion (each time it was one). Raises Missing, CorruptObject.
+    a run, with its releases), champion (each time it was one) and duels (each time it was the challenger). Raises Missing, CorruptObject.
     """
     card = load_card(store, digest)
     learned_from, files = card.pop("learned_from"), [file["key"] for file in card.pop("files")]
@@ -69,12 +72,30 @@ def trace_adapter(store: Store, digest: str) -> Facts:
             for champion in history(store, name)
             if champion.adapter == digest
         ],
+        "duels": list(_duels(store, digest)),
     }
 
 
 def _short(store: Store, digest: str) -> Facts:
     card = load_card(store, digest)
     return {name: card[name] for name in SHORT}
+
+
+def _duels(store: Store, digest: str) -> Iterator[Facts]:
+    for key in store.list(layout.PROMOTIONS):
+        if not key.endswith("/decision.json"):
+            continue
+        decision = load_decision(store, key)
+        against, worn = (decision.facts["recipes"][side]["adapters"] for side in SIDES)
+        if digest in [adapter["digest"] for adapter in worn] and worn != against:
+            yield {
+                "duel": decision.facts["duel"],
+                "promoted": decision.promoted,
+                "reasons": decision.verdict.reasons,
+                "against": [adapter["digest"] for adapter in against] or "the base model",
+                "decided_at": decision.facts["decided_at"],
+                "evidence": key,
+            }
 
 
 def _made_with(store: Store, run: str) -> list[str]:

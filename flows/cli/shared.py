@@ -6,7 +6,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 StoreOption = Annotated[
-    str, typer.Option(help="Folder or URL of the object store: file://, s3://, gs://, az://, memory://.")
+    str,
+    typer.Option(
+        envvar="DARKROOM_STORE", help="Folder or URL of the object store: file://, s3://, gs://, az://, memory://."
+    ),
 ]
 
 

@@ -1,6 +1,7 @@
 """`darkroom train`."""
 
 import os
+import time
 from typing import Annotated, Any
 
 import typer
@@ -43,6 +44,7 @@ def train(
 ) -> None:
     """Teach the model: a LoRA, DreamBooth or textual inversion as an adapter of the store. Start it again to go on after a stop."""
     quiet_prefect(verbose)
+    started = time.monotonic()
     with errors():
         from pydantic import ValidationError
 
@@ -74,7 +76,7 @@ def train(
 
             learnt = run_flow(flow, sources=sources, store=store, name=name, generation=generation, learning=learning)
         files = copy_files(Store(store), learnt.adapter, to) if to else []
-        print_training(Store(store), learnt, files)
+        print_training(Store(store), learnt, files, time.monotonic() - started)
 
 
 def _beside_others(sources: list[str], store: str, name: str, generation: Any, learning: Any) -> Any:

@@ -82,7 +82,8 @@ class Store:
             raise StoreError(f"store '{self.url}' is a file", "name a folder, which may be a new one")
 
     def __repr__(self) -> str:
-        return f"Store({public(self.url)!r})"
+        """As messages to people name it."""
+        return f"store {public(self.url)}"
 
     def path(self, key: str) -> str:
         """The full path of a key, as the file system understands it."""

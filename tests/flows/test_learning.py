@@ -74,6 +74,10 @@ def test_a_night_learns_from_its_release_and_asks_the_gate(first: tuple[Store, d
     )
     assert duel["challenger"] == learnt.adapter and len(duel["findings"]) >= 6
     assert (current(store, "shapes") is not None) == duel["promoted"]
+    report = store.read(layout.report(told["run"])).decode()
+    assert learnt.adapter[:12] in report and duel["sheet"] in report
+    (fought,) = trace(store, learnt.adapter)["duels"]
+    assert (fought["promoted"], fought["against"]) == (duel["promoted"], "the base model")
     assert verify(store).problems == []
 
 

@@ -125,7 +125,7 @@ def test_harm_in_one_stratum_is_refused_and_named() -> None:
 def test_small_strata_are_looked_at_together() -> None:
     pairs, embeddings = sides(6, gain=0.2, strata=16)
     strata = weigh(pairs, embeddings, Exam()).numbers["strata"]
-    assert [(entry["stratum"], entry["prompts"]) for entry in strata] == [("small strata", PROMPTS)]
+    assert [(entry["stratum"], entry["prompts"]) for entry in strata] == [("the smaller strata together", PROMPTS)]
 
 
 def test_more_broken_images_are_refused_though_the_mean_is_better() -> None:
