@@ -173,7 +173,7 @@ def _lora(tensors: "dict[str, torch.Tensor]", configuration: dict[str, Any]) -> 
         raise NotAnAdapter(_strange(strange, len(tensors)))
     if bare := sorted(alphas.keys() - downs.keys() - ups.keys()):
         raise NotAnAdapter(
-            f"{len(bare)} modules have an alpha and no weights ({some(bare)}): they were lost on the way; copy or save the "
+            f"of its modules, {len(bare)} have an alpha and no weights ({some(bare)}): they were lost on the way; copy or save the "
             "adapter again, whole"
         )
     whole = downs.keys() & ups.keys()

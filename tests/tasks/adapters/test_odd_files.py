@@ -64,7 +64,9 @@ def test_odd_tensors_are_named(tmp_path: Path, case: str) -> None:
 def test_an_alpha_without_weights_is_not_dropped(tmp_path: Path) -> None:
     tensors = {f"{MODULE}.lora_down.weight": torch.ones(2, 6), f"{MODULE}.lora_up.weight": torch.ones(5, 2)}
     save_file({**tensors, f"{OTHER}.alpha": torch.tensor(1.0)}, tmp_path / "a.safetensors")
-    with pytest.raises(NotAnAdapter, match=r"1 modules have an alpha and no weights \(unet.mid_block.*proj_in\)"):
+    with pytest.raises(
+        NotAnAdapter, match=r"of its modules, 1 have an alpha and no weights \(unet.mid_block.*proj_in\)"
+    ):
         read_adapter(tmp_path / "a.safetensors")
 
 
