@@ -69,6 +69,7 @@ def nightly(
             new images. {date} stands for the day the run was scheduled for.
     """
     from tasks.adapters.resolving import resolve_all
+    from tasks.adapters.words import check_words
     from tasks.engines.models import default_recipe
     from tasks.scorers.openclip import fingerprint
 
@@ -89,6 +90,7 @@ def nightly(
     judging, policy = steps.judging(store, scoring, scorer, policy)
 
     snapshot = steps.ingest(store, manifest, generation.model, scoring.scorer, on_bad_rows)
+    check_words(Store(store), snapshot, adapters)
     held_out = hold_out(store, snapshot, learning, exam, generation, scoring) if learn else None
     night = f"{edition} of manifest {snapshot.sha256} by recipe {base.recipe_id}"
     champion, recipe = gate_steps.champion(store, name, night, base) if generation.champion else (None, base)

@@ -8,10 +8,10 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tasks.adapters.errors import AdapterError
+from tasks.adapters.errors import AdapterError, NotAnAdapter
 from tasks.adapters.headers import diffusers_header, kohya_header
 from tasks.adapters.names import kohya_name
-from tasks.adapters.reading import ENCODERS
+from tasks.adapters.reading import ENCODERS, RESERVED, SINGLE, adapter_in
 from tasks.adapters.tensors import DOWN, TEXT, UP, Embeddings, Lora, Weights
 from tasks.store import Store, layout
 
@@ -53,12 +53,16 @@ class Facts:
 def write_adapter(store: Store, adapter: Weights, facts: Facts) -> str:
     """Put an adapter into the store, in both forms, and commit it by its card; returns its digest.
 
-    What is there already stays. Raises ChangesNothing (zero, NaN), AdapterError (cannot be written in a form other tools read).
+    What is there already stays. Raises ChangesNothing (zero, NaN), AdapterError (cannot be written in a form other tools read, or
+    would not be read again as what it is); then nothing is stored.
     """
     adapter.check_usable("to be stored")
     digest = adapter.digest
     if not store.exists(layout.adapter_card(digest)):
-        files = [_put(store, f"{layout.adapter(digest)}/{name}", data) for name, data in forms(adapter, facts).items()]
+        made = forms(adapter, facts)
+        for name, data in made.items():
+            _check_readable(name, data, digest)
+        files = [_put(store, f"{layout.adapter(digest)}/{name}", data) for name, data in made.items()]
         card = {"digest": digest, **asdict(facts), "files": files}
         store.create(layout.adapter_card(digest), json.dumps(card, indent=1, ensure_ascii=False).encode())
     return digest
@@ -81,13 +85,24 @@ def forms(adapter: Weights, facts: Facts) -> dict[str, bytes]:
 
     names = LORA_FILES if isinstance(adapter, Lora) else EMBEDDING_FILES
     ours = _lora_diffusers(adapter) if isinstance(adapter, Lora) else _embeddings(adapter, "")
-    theirs = (
-        _lora_kohya(adapter, facts.architecture) if isinstance(adapter, Lora) else _embeddings(adapter, "emb_params")
-    )
+    theirs = _lora_kohya(adapter, facts.architecture) if isinstance(adapter, Lora) else _embeddings(adapter, SINGLE)
     return {
         names[0]: save(ours, diffusers_header(adapter, facts)),
         names[1]: save(theirs, kohya_header(adapter, facts, theirs)),
     }
+
+
+def _check_readable(name: str, data: bytes, digest: str) -> None:
+    """Raises AdapterError where a form would be read as something else than it was written from."""
+    try:
+        read = f"as adapter {found}" if (found := adapter_in(data, name).digest) != digest else ""
+    except NotAnAdapter as error:
+        read = f"not at all: {error}"
+    if read:
+        raise AdapterError(
+            f"adapter {digest} was not stored: its {name} would be read {read}. Its modules or its placeholder have names that this "
+            "form cannot keep; train with other targets or another placeholder, and report this"
+        )
 
 
 def _put(store: Store, key: str, data: bytes) -> dict[str, Any]:
@@ -133,4 +148,9 @@ def _embeddings(embeddings: Embeddings, single: str) -> "dict[str, torch.Tensor]
             f"{len(embeddings.tokens)}: {', '.join(embeddings.tokens)}"
         )
     ((token, vectors),) = embeddings.tokens.items()
+    if token in RESERVED:
+        raise AdapterError(
+            f"placeholder '{token}' means something else in files of textual inversions, as do {', '.join(RESERVED)}; train it with "
+            "another one, such as <my-style>"
+        )
     return {single or token: vectors[0]} if len(vectors) == 1 else dict(zip(ENCODERS, vectors, strict=True))

@@ -21,6 +21,10 @@ Shapes = Mapping[
 ]  # component → canonical name of the module within it → shape of its weight
 
 
+# tables of vectors, which a LoRA's lora_A and lora_B cannot be put on: PEFT has other ones for them
+_TABLES = ("token_embedding", "position_embedding", "shared", "embed_tokens", "relative_attention_bias")
+
+
 def check_fit(adapter: Weights, shapes: Shapes, source: str, model: str) -> None:
     """Raises DoesNotFit, which names modules and shapes. `source`, `model`: what a message calls the two."""
     if isinstance(adapter, Embeddings):
@@ -38,6 +42,11 @@ def _check_lora(lora: Lora, shapes: Shapes, source: str, model: str) -> None:
             strange.append(module)
         elif (made_for := _shape(lora, module)) != _without_ones(shape):
             wrong.append(f"{module} of {_times(made_for)}, where the model's is {_times(_without_ones(shape))}")
+    if tables := [module for module in lora.modules if module.rpartition(".")[2] in _TABLES]:
+        raise DoesNotFit(
+            f"adapter {source}: {len(tables)} of its {len(lora.modules)} modules are tables of vectors ({some(tables)}), on which Darkroom wears no LoRA; train it on "
+            "linear modules and convolutions, or a word as a textual inversion"
+        )
     if strange:
         raise DoesNotFit(
             f"adapter {source} does not fit model '{model}': {len(strange)} of its {len(lora.modules)} modules are not there "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.adapters.errors import AdapterNotFound, NotAnAdapter, some
 from tasks.adapters.names import modules_named, pieces
-from tasks.adapters.tensors import DOWN, UP, Embeddings, Lora, Weights
+from tasks.adapters.tensors import DOWN, UP, Embeddings, Lora, Weights, matrix
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +24,12 @@ FILES = (
 )
 METADATA = "lora_adapter_metadata"  # diffusers' key in the header, for PEFT's configuration as JSON
 TOKEN = "darkroom.token"
+SHOWN = 60  # characters of what was received, in messages
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 ENCODERS = ("clip_l", "clip_g")  # what files of textual inversions call the vectors of each text encoder
+SINGLE = "emb_params"  # and what they call those of the only one
+RESERVED = (*ENCODERS, SINGLE, "__metadata__")  # words that mean something else in a file: no placeholder is called so
+_MARKED = re.compile(r"<[^<>]+>")  # a placeholder as most people write it; no module is called so
 
 _KEY = re.compile(
     r"(?P<name>.+?)(?:"
@@ -56,9 +60,27 @@ def read_adapter(path: str | Path, allow_pickle: bool = False) -> Weights:
     Raises AdapterNotFound, NotAnAdapter.
     """
     file = adapter_file(Path(path))
-    tensors, header = _load(file, allow_pickle)
+    return _adapter(*_load(file, allow_pickle), file)
+
+
+def adapter_in(data: bytes, name: str) -> Weights:
+    """The adapter in a safetensors file that is in memory; `name`: what the file is to be called. Raises NotAnAdapter."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     try:
-        if not any(_KEY.fullmatch(name) for name in tensors):
+        tensors = load(data)
+    except SafetensorError as error:
+        raise NotAnAdapter(f"adapter {name} ({len(data)} bytes) is no safetensors file: {error}") from error
+    end = int.from_bytes(data[:8], "little") + 8
+    return _adapter(tensors, json.loads(data[8:end]).get("__metadata__", {}), Path(name))
+
+
+def _adapter(tensors: "dict[str, torch.Tensor]", header: dict[str, str], file: Path) -> Weights:
+    """`file`: for its name, and for what lies beside it."""
+    try:
+        # a placeholder may look like a LoRA's key: where the header names one, nothing is guessed
+        if header.get(TOKEN) or not any(_KEY.fullmatch(name) for name in tensors):
             return _embeddings(tensors, header, file)
         return _lora(tensors, _configuration(header, file))
     except NotAnAdapter as error:
@@ -142,13 +164,18 @@ def _lora(tensors: "dict[str, torch.Tensor]", configuration: dict[str, Any]) -> 
         if not found or not parts:
             strange.append(key)
         elif found["alpha"] is not None:
-            alphas |= {module: float(tensor) for module, _ in parts}
+            alphas |= dict.fromkeys((module for module, _ in parts), _number(key, tensor))
         elif found["down"] is not None or found["processor_down"] is not None:
-            downs |= {module: tensor for module, _ in parts}
+            downs |= {module: matrix(key, tensor) for module, _ in parts}
         else:
-            ups |= {module: tensor[rows] for module, rows in pieces(parts, len(tensor))}
+            ups |= {module: tensor[rows] for module, rows in pieces(parts, len(matrix(key, tensor)))}
     if strange:
         raise NotAnAdapter(_strange(strange, len(tensors)))
+    if bare := sorted(alphas.keys() - downs.keys() - ups.keys()):
+        raise NotAnAdapter(
+            f"of its modules, {len(bare)} have an alpha and no weights ({some(bare)}): they were lost on the way; copy or save the "
+            "adapter again, whole"
+        )
     whole = downs.keys() & ups.keys()
     return Lora(
         {
@@ -178,19 +205,23 @@ def _strange(keys: list[str], all: int) -> str:
 
 def _configuration(header: dict[str, str], file: Path) -> dict[str, Any]:
     """PEFT's configuration of the adapter, where there is one: in the header, or in a file beside."""
+    where, text = METADATA, header.get(METADATA)
     beside = file.with_name("adapter_config.json")
     try:
-        if METADATA in header:
-            return dict(json.loads(header[METADATA]))
-        if beside.is_file() and file.name == "adapter_model.safetensors":
-            return dict(json.loads(beside.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise NotAnAdapter(f"its configuration is not readable JSON: {error}; save it again") from error
-    return {}
+        if text is None and file.name == "adapter_model.safetensors" and beside.is_file():
+            where, text = beside.name, beside.read_text(encoding="utf-8")
+        configuration = {} if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise NotAnAdapter(f"its configuration ({where}) is not readable JSON: {error}; save it again") from error
+    if not isinstance(configuration, dict):
+        raise NotAnAdapter(
+            f"its configuration ({where}) is {_shown(configuration)}; expected a JSON object: save it again"
+        )
+    return configuration
 
 
 def _alpha(configuration: dict[str, Any], module: str, rank: int) -> float:
-    """A module's alpha by PEFT's rules: the first fitting pattern, else the general one, else the rank."""
+    """A module's alpha by PEFT's rules: the first fitting pattern, else the general one, else the rank. Raises NotAnAdapter."""
     component, _, path = module.partition(".")
     own = {
         key.removeprefix(f"{component}."): value
@@ -200,12 +231,42 @@ def _alpha(configuration: dict[str, Any], module: str, rank: int) -> float:
     own = own or configuration
     if own.get("use_dora"):
         raise NotAnAdapter("this is DoRA, which Darkroom cannot wear; train it as a plain LoRA")
-    alpha = float(own.get("lora_alpha") or rank)
-    for pattern, value in (own.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern.replace('text_model.', '')})$", path):
-            alpha = float(value)
+    alpha = _number("lora_alpha in its configuration", own.get("lora_alpha") or rank)
+    patterns = own.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise NotAnAdapter(
+            f"alpha_pattern in its configuration is {_shown(patterns)}; expected names with their alphas"
+        )
+    for pattern, value in patterns.items():
+        try:
+            fits = re.match(rf"(.*\.)?({pattern.replace('text_model.', '')})$", path)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise NotAnAdapter(
+                f"alpha_pattern in its configuration has {_shown(pattern)}, which is no regular expression: {error}"
+            ) from error
+        if fits:
+            alpha = _number(f"alpha_pattern of '{pattern}' in its configuration", value)
             break
     return alpha * math.sqrt(rank) if own.get("use_rslora") else alpha
+
+
+def _number(name: str, value: Any) -> float:
+    """`value`: a tensor, or what JSON held. Raises NotAnAdapter: it is not one finite number. `name`: what the message calls it."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # torch raises the last
+        number = math.nan
+    if not math.isfinite(number):
+        raise NotAnAdapter(
+            f"{name} is {_shown(value)}; expected one finite number: save the adapter again, or correct it there"
+        )
+    return number
+
+
+def _shown(value: Any) -> str:
+    """What was received, for a message."""
+    text = repr(value.tolist() if hasattr(value, "tolist") else value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 # --- textual inversion -----------------------------------------------------------------------------------------------
@@ -213,11 +274,15 @@ def _alpha(configuration: dict[str, Any], module: str, rank: int) -> float:
 
 def _embeddings(tensors: "dict[str, torch.Tensor]", header: dict[str, str], file: Path) -> Embeddings:
     token = header.get(TOKEN) or file.stem
-    if "emb_params" in tensors:
-        return Embeddings({token: [tensors["emb_params"]]})
+    if TOKEN in header and tensors.keys() == {token}:
+        return Embeddings({token: [tensors[token]]})
+    if SINGLE in tensors:
+        return Embeddings({token: [tensors[SINGLE]]})
     if tensors and tensors.keys() <= set(ENCODERS):
         return Embeddings({token: [tensors[name] for name in _in_order(tensors)]})
-    if not tensors or any("." in name or tensor.dim() > 2 for name, tensor in tensors.items()):
+    if not tensors or any(
+        ("." in name and not _MARKED.fullmatch(name)) or tensor.dim() > 2 for name, tensor in tensors.items()
+    ):
         raise NotAnAdapter(_strange(sorted(tensors), len(tensors)))
     return Embeddings({name: [tensor] for name, tensor in tensors.items()})
 

@@ -4,6 +4,7 @@ Canonical are PEFT's names with the component before them, `unet.down_blocks.0.�
 layers of a CLIP text encoder `encoder.layers.0`, earlier ones `text_model.encoder.layers.0`: here they are always the former.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,8 @@ class Lora:
     """A LoRA: for each module two tensors, `lora_A` [rank, in, …] and `lora_B` [out, rank, …], and its alpha.
 
     A module's output grows by alpha / rank · B(A(input)). Names are made canonical, tensors copied to the CPU in their precision.
-    Raises NotAnAdapter: a module lacks one of the three, or the ranks of its two tensors differ.
+    Raises NotAnAdapter: a module lacks one of the three, has tensors that are no matrices or an alpha that is no finite number, their
+    ranks differ, or `lora_B` has a kernel.
     """
 
     tensors: "dict[str, torch.Tensor]"
@@ -45,6 +47,16 @@ class Lora:
                 f"{len(needed ^ set(tensors))} tensors of a LoRA have no counterpart or alpha ({some(sorted(needed ^ set(tensors)))}): "
                 f"each module needs `{DOWN[1:]}`, `{UP[1:]}` and an alpha; save the adapter again, whole"
             )
+        for name, tensor in tensors.items():
+            matrix(name, tensor)
+        for module, alpha in alphas.items():
+            if not math.isfinite(alpha):
+                raise NotAnAdapter(f"alpha of {module} is {alpha}; expected a finite number: save the adapter again")
+            if any(size != 1 for size in tensors[module + UP].shape[2:]):
+                raise NotAnAdapter(
+                    f"{module}{UP} (lora_up) has shape {tuple(tensors[module + UP].shape)}; expected [out, rank] or [out, rank, 1, 1]: "
+                    "a convolution's kernel belongs to lora_A (lora_down). Train it as a plain LoRA"
+                )
         torn = [module for module in alphas if self.rank(module) != self.tensors[module + UP].shape[1]]
         if torn:
             down, up = (tuple(self.tensors[torn[0] + part].shape) for part in (DOWN, UP))
@@ -94,11 +106,14 @@ class Embeddings:
         object.__setattr__(self, "tokens", tokens)
         for token, vectors in tokens.items():
             shapes = [tuple(tensor.shape) for tensor in vectors]
-            if not vectors or any(len(shape) != 2 for shape in shapes) or len({shape[0] for shape in shapes}) != 1:
+            whole = all(len(shape) == 2 and 0 not in shape for shape in shapes)
+            if not vectors or not whole or len({shape[0] for shape in shapes}) != 1:
                 raise NotAnAdapter(
                     f"placeholder '{token}' has vectors of shapes {shapes}; expected [n, d] for each text encoder, all with the "
                     "same n: save it again"
                 )
+            if not all(tensor.is_floating_point() for tensor in vectors):
+                raise NotAnAdapter(f"placeholder '{token}' has vectors of {vectors[0].dtype}; expected floating point")
 
     @property
     def components(self) -> list[str]:
@@ -121,6 +136,18 @@ class Embeddings:
 
 
 Weights = Lora | Embeddings
+
+
+def matrix(name: str, tensor: "torch.Tensor") -> "torch.Tensor":
+    """The tensor, a `lora_A` or `lora_B`. Raises NotAnAdapter where it can be none. `name`: what the message calls it."""
+    if tensor.dim() < 2 or 0 in tensor.shape:
+        raise NotAnAdapter(
+            f"{name} has shape {tuple(tensor.shape)}; expected at least two dimensions, one of them the rank, and none of size "
+            "zero: save the adapter again"
+        )
+    if not tensor.is_floating_point():
+        raise NotAnAdapter(f"{name} holds {tensor.dtype}; expected floating point: save the adapter again, unquantised")
+    return tensor
 
 
 def _kept(tensor: "torch.Tensor") -> "torch.Tensor":

@@ -63,8 +63,14 @@ class Settings(BaseModel):
     @field_validator("placeholder")
     @classmethod
     def _is_one_word(cls, value: str) -> str:
+        from tasks.adapters.reading import RESERVED  # here, so that settings load without the store
+
         if not value or any(letter.isspace() for letter in value):
             raise ValueError("a placeholder is one word, such as <my-style>")
+        if value in RESERVED:
+            raise ValueError(
+                f"files of textual inversions have their own meaning for {value}; choose another, such as <my-style>"
+            )
         return value
 
     @model_validator(mode="after")

@@ -73,6 +73,58 @@ def test_a_list_is_worn_in_its_order(file: Path) -> None:
         resolve_all("style.safetensors, style.safetensors=0.5", None)
 
 
+def test_a_comma_is_a_names_where_a_file_is_called_so(file: Path) -> None:
+    data = {alpha: forms(small_lora(alpha=alpha), facts())["adapter.safetensors"] for alpha in (1, 2)}
+    for name, alpha in (("a,b.safetensors", 1), ("red, blue, grey.safetensors", 2)):
+        file.with_name(name).write_bytes(data[alpha])
+    (file.parent / "one, two").mkdir()
+    (file.parent / "one, two" / "adapter.safetensors").write_bytes(data[1])
+
+    def named(text: str) -> list[tuple[str, float]]:
+        return [(Path(adapter.source).name, adapter.weight) for adapter in resolve_all(text, None)]
+
+    assert named("a,b.safetensors") == [("a,b.safetensors", 1)]
+    assert named("style.safetensors=2, a,b.safetensors=0.5 ,red, blue, grey.safetensors=-1") == [
+        ("style.safetensors", 2),
+        ("a,b.safetensors", 0.5),
+        ("red, blue, grey.safetensors", -1),
+    ]
+    assert named(f"{file.parent}/one, two=0.3,, style.safetensors") == [("one, two", 0.3), ("style.safetensors", 1)]
+    with pytest.raises(AdapterNotFound, match="adapter 'a': there is no file"):
+        resolve_all("a,c.safetensors", None)
+
+
+@pytest.mark.parametrize("weight", ["abc", "", "0.8x", "strong"])
+def test_what_is_no_weight_is_told(file: Path, weight: str) -> None:
+    store = Store(file.parent / "store")
+    digest = write_adapter(store, small_lora(), facts())
+    for name in ("style.safetensors", digest, digest[:8], f"file://{file}"):
+        with pytest.raises(AdapterError, match=rf"'{weight}' is no weight of adapter '{name}': .*{name}=0.8"):
+            resolve(f"{name}={weight}", store)
+    with pytest.raises(AdapterNotFound, match=r"no file or folder .*/nowhere=abc"):
+        resolve("nowhere=abc", store)
+
+
+@pytest.mark.parametrize("weight", ["1e300", "-10.001", "11"])
+def test_a_weight_beyond_all_reason_is_refused(file: Path, weight: str) -> None:
+    with pytest.raises(AdapterError, match=f"weight {weight} would leave nothing of the image; use one from -10 to 10"):
+        resolve(f"style.safetensors={weight}")
+    assert resolve("style.safetensors=-10").weight == -10
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("place", [-1, -200])
+def test_an_id_whose_file_was_damaged_is_not_worn_as_another(any_store: Store, place: int) -> None:
+    digest = write_adapter(any_store, small_lora(), facts())
+    key = f"{layout.adapter(digest)}/adapter.safetensors"
+    data = bytearray(any_store.read(key))
+    data[place] ^= 1
+    any_store.write(key, bytes(data))
+    for named in (digest, f"{digest[:8]}=0.5"):
+        with pytest.raises(AdapterError, match=rf"{digest} .*other weights, of digest .* backup .*`darkroom verify`"):
+            resolve(named, any_store)
+
+
 @pytest.mark.parametrize("weight", ["0", "-0.0", "nan", "inf"])
 def test_a_weight_that_changes_nothing_or_all_is_refused(file: Path, weight: str) -> None:
     with pytest.raises(AdapterError, match=f"weight {weight} changes nothing, or all to nothing"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tasks.adapters import ChangesNothing, DoesNotFit, Embeddings, Lora, resolve
+from tasks.adapters import ChangesNothing, DoesNotFit, Embeddings, Lora, NotAnAdapter, resolve
 from tasks.adapters.cards import forms
 from tasks.adapters.errors import AdapterError
 from tasks.engines import Order, Recipe
@@ -310,6 +310,27 @@ def test_a_single_key_that_does_not_match_is_an_error(
     with pytest.raises(DoesNotFit, match=r"1 of its \d+ modules are not there \(unet.*attn2.to_j\)"):
         engine.generate(ORDERS, worn(recipe, lora.with_name("more.safetensors")))
     engine.generate(ORDERS, recipe)
+
+
+def test_a_lora_on_a_table_of_vectors_is_an_error(tiny: Models, tmp_path: Path) -> None:
+    module = "text_encoder.embeddings.token_embedding"
+    rows, width = pipeline_of(tiny("sd15")).text_encoder.get_input_embeddings().weight.shape
+    tensors = {f"{module}.lora_A.weight": torch.ones(2, width), f"{module}.lora_B.weight": torch.ones(rows, 2)}
+    file = save(Lora(tensors, {module: 1.0}), "sd15", tmp_path)["kohya.safetensors"]
+    with pytest.raises(DoesNotFit, match=rf"1 of its 1 modules are tables of vectors \({module}\)"):
+        default_recipe(tiny("sd15"), adapters=(resolve(str(file)),))
+
+
+@pytest.mark.parametrize("shapes", [((0, 32), (32, 0)), ((2, 32), (32, 2, 3, 3)), ((2, 32), (32, 2, 2, 2))])
+def test_what_no_module_can_wear_is_refused_before_any_shard(
+    lora: Path, shapes: tuple[tuple[int, ...], tuple[int, ...]]
+) -> None:
+    tensors = load_file(lora)
+    key = next(name for name in tensors if name.endswith("attn2.to_q.lora_A.weight"))
+    tensors[key], tensors[key.replace("lora_A", "lora_B")] = (torch.ones(shape) for shape in shapes)
+    save_file(tensors, lora, _metadata(lora))
+    with pytest.raises(NotAnAdapter, match=r"attn2.to_q.lora_[AB].weight .*has shape"):
+        resolve(str(lora))
 
 
 def test_an_adapter_that_changes_nothing_is_an_error(lora: Path) -> None:

@@ -1,0 +1,61 @@
+"""A textual inversion is worn where prompts say its word."""
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+
+from flows import steps
+from flows.nightly import nightly
+from flows.parameters import Generation, Scoring
+from tasks.adapters import ChangesNothing, Embeddings, resolve_all, write_adapter
+from tasks.adapters.words import check_words
+from tasks.ingest import ingest
+from tasks.store import Store
+from tests.tasks.adapters.loras import facts, small_lora
+
+MODELS = Path(__file__).parents[3] / "data/models"
+
+
+def learned(store: Store, word: str) -> str:
+    return write_adapter(store, Embeddings({word: [torch.ones(1, 128)]}), facts(kind="textual_inversion", trigger=word))
+
+
+def manifest(folder: Path, prompt: str, negative: str = "") -> str:
+    rows = {"prompt": ["a red circle", prompt], "negative_prompt": ["", negative]}
+    pl.DataFrame(rows).write_parquet(folder / "prompts.parquet")
+    return str(folder / "prompts.parquet")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative", "said"),
+    [
+        ("a circle in the style of <My.Style>", "", True),
+        ("a circle (<my.style>:1.2)", "", True),  # CLIP's tokenizers know no case
+        ("a square", "grey, <My.Style>", True),
+        ("a circle in my style", "", False),
+        ("a <My-Style> circle", "", False),  # the dot is no pattern
+    ],
+)
+def test_a_word_that_no_prompt_says_is_refused(tmp_path: Path, prompt: str, negative: str, said: bool) -> None:
+    store = Store(tmp_path / "store")
+    snapshot = ingest(manifest(tmp_path, prompt, negative), store)
+    adapters = resolve_all(f"{write_adapter(store, small_lora(), facts())}, {learned(store, '<My.Style>')}", store)
+    check_words(store, snapshot, adapters[:1])
+    if said:
+        check_words(store, snapshot, adapters)
+    else:
+        with pytest.raises(ChangesNothing, match=r"word '<My.Style>', and none of the manifest's 2 prompts has it"):
+            check_words(store, snapshot, adapters)
+
+
+def test_a_night_with_it_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in ("judging", "ingest"):  # without Prefect
+        monkeypatch.setattr(steps, step, getattr(steps, step).fn)
+    store = Store(tmp_path / "store")
+    generation = Generation(model=str(MODELS / "tiny-sd"), candidates=1, adapters=learned(store, "<c1>"))
+    scoring = Scoring(scorer=str(MODELS / "tiny-clip-filter"))
+    with pytest.raises(ChangesNothing, match=r"Write it into prompts \(a picture in the style of <c1>\)"):
+        nightly.fn(manifest(tmp_path, "a blue square"), str(tmp_path / "store"), generation=generation, scoring=scoring)
+    assert not store.list("runs/")
