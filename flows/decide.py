@@ -13,7 +13,7 @@ from flows import attempts, gate_steps
 from flows.fanout import fan_out, mend_whole, whole
 from flows.parameters import Budget, Exam, Generation, Scoring, Workers
 from flows.pools import open_pool
-from tasks.champions import ChampionChanged
+from tasks.champions import ChampionChanged, check_stands
 from tasks.develop import Job
 from tasks.duel import Duel, DuelError, find_decision, load_decision
 from tasks.engines import Adapter, Recipe
@@ -48,7 +48,8 @@ def decide(
     """Compare the challenger with the champion of `name` on held-out prompts, and crown it if it is provably better.
 
     `recipe` is the base model's; both sides are it, with what they wear. The decision is stored, whoever wins. Call it inside a flow.
-    Returns what `gate_steps.summary` says. Raises ChampionError, DuelError, LiftError, and what making images may raise.
+    Returns what `gate_steps.summary` says. Raises ChampionError (ChampionChanged, too, where it was crowned once and does not stand
+    any more), DuelError, LiftError, and what making images may raise.
     """
     from tasks.scorers.openclip import fingerprint
 
@@ -87,8 +88,9 @@ def decide(
     if decision.promoted:
         try:
             crowned = gate_steps.crown(store, name, duel, challenger, decision, champion)
+            check_stands(Store(store), crowned)
         except ChampionChanged as error:
-            superseded = error
+            crowned, superseded = None, error
     gate_steps.show_decision(store, name, decision, crowned)
     if superseded:
         raise superseded

@@ -87,7 +87,9 @@ class Learning(BaseModel, frozen=True):
     """What a training learns from, and how. What it learnt makes images only once the gate lets it."""
 
     options: str = Field(
-        "", description="settings of the training that differ from the model's own, such as: rank=8, steps=300"
+        "",
+        description="settings of the training that differ from the model's own, such as: rank=8, steps=300; or each in a line of its "
+        "own, where commas are part of the values",
     )
     releases: int = Field(0, ge=0, le=10_000, description="learn from the latest so many releases; 0: from all")
     held_out: float = Field(

@@ -3,9 +3,10 @@
 ingest → hold out → (decide: plan → generate ⇉ judge → settle → crown)
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from prefect import flow
+from pydantic import Field
 
 from flows import attempts, gate_steps, steps
 from flows.decide import check_gate, decide
@@ -26,7 +27,7 @@ def promote(
     manifest: str = "data/manifests/demo.parquet",
     store: str = "out/store",
     name: str = "demo",
-    held_out: float = 1.0,
+    held_out: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 1.0,
     generation: Generation = Generation(),  # noqa: B008  (immutable; the form shows these defaults)
     scoring: Scoring = Scoring(judge="data/models/tiny-clip-judge"),  # noqa: B008
     exam: Exam = Exam(),  # noqa: B008

@@ -7,6 +7,7 @@ from flows.learning import teach
 from flows.parameters import Generation, Learning, Scoring, Workers
 from flows.pools import check_workers, for_cluster
 from tasks.learn import Learnt
+from tasks.release import check_name
 
 
 @flow(
@@ -34,6 +35,8 @@ def train(
     """
     from tasks.engines.models import default_recipe
 
+    if name:
+        check_name(name, of="adapter")
     check_workers(workers, store)
     if workers.runner == "ray":
         store, generation, _ = for_cluster(store, generation, Scoring(), workers)

@@ -7,19 +7,23 @@ snapshot the base model makes them, by itself.
 import json
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from tasks.adapters import load_card
+from pydantic import TypeAdapter, ValidationError
+
+from tasks.adapters import AdapterError, load_card
+from tasks.adapters.resolving import at_hand, load
 from tasks.engines import Adapter, Recipe
 from tasks.errors import DarkroomError
 from tasks.identity import digest
 from tasks.release import check_name
-from tasks.store import Missing, Store, layout, snapshots
+from tasks.store import CorruptObject, Missing, Store, layout, snapshots
 from tasks.store.snapshots import SnapshotConflict
 
 TRIES = 50  # of writing the next snapshot, while others do: each lost race is another's success
+RESTORE = "restore it from a backup of the store"
 
 
 class ChampionError(DarkroomError):
@@ -27,7 +31,7 @@ class ChampionError(DarkroomError):
 
 
 class ChampionChanged(ChampionError):
-    """Another one was crowned since the one that was beaten."""
+    """Another one was crowned since the one that was beaten, or since the one that won."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,9 @@ class Champion:
         return worn_in_words(self.adapter, self.weight)
 
 
+_SHAPE = TypeAdapter(Champion)
+
+
 def worn_in_words(adapter: str | None, weight: float = 1.0) -> str:
     if adapter is None:
         return "the base model"
@@ -62,13 +69,12 @@ def worn_in_words(adapter: str | None, weight: float = 1.0) -> str:
 
 
 def history(store: Store, name: str) -> list[Champion]:
-    """All champions of a name, the oldest first."""
-    folder = layout.champion(name)
-    return [_champion(name, snapshots.load(store, folder, version)) for version in snapshots.versions(store, folder)]
+    """All champions of a name, the oldest first. Raises CorruptObject."""
+    return [_load(store, name, version) for version in snapshots.versions(store, layout.champion(name))]
 
 
 def current(store: Store, name: str) -> Champion | None:
-    """Who is champion now; None: nobody was ever crowned, and the base model makes the images."""
+    """Who is champion now; None: nobody was ever crowned, and the base model makes the images. Raises CorruptObject."""
     versions = snapshots.versions(store, layout.champion(name))
     return _load(store, name, versions[-1]) if versions else None
 
@@ -89,7 +95,7 @@ def standing(store: Store, name: str, edition: str) -> Champion | None:
 
 def names(store: Store) -> list[str]:
     """The names that have a champion."""
-    keys = (key.split("/") for key in store.list(layout.CHAMPIONS))
+    keys = (key.split("/") for key in store.list(layout.CHAMPIONS) if snapshots.version_of(key))
     return sorted({parts[1] for parts in keys if len(parts) == 4 and parts[2] == "_snapshots"})
 
 
@@ -108,8 +114,22 @@ def worn(store: Store, recipe: Recipe, champion: Champion | None) -> Recipe:
 
 def adapter_of(store: Store, adapter: str, weight: float = 1.0) -> Adapter:
     """An adapter of the store, as a recipe names it. Raises ChampionError."""
-    _card(store, adapter)
+    base_of(store, adapter)
     return Adapter(store.uri(layout.adapter(adapter)), adapter, weight)
+
+
+def check_stands(store: Store, champion: Champion) -> None:
+    """Raises ChampionChanged where a champion was rolled back or replaced since it was crowned, so that another makes the images."""
+    now = current(store, champion.name)
+    if now is None or (_wears(now), now.base_digest) == (_wears(champion), champion.base_digest):
+        return
+    wanted = f"{(champion.adapter or 'base')[:12]}" + (f"={champion.weight:g}" if champion.weight != 1 else "")
+    raise ChampionChanged(
+        f"the challenger ({champion.in_words}) was crowned by this decision already, as champion {champion.version} of "
+        f"'{champion.name}' at {champion.since}, and {'replaced' if now.restores is None else 'rolled back'} since: "
+        f"{now.in_words} makes the images now (champion {now.version}, {now.since}: {now.why}). A decision crowns once; "
+        f"`darkroom champion set {champion.name} {wanted}` brings it back"
+    )
 
 
 # --- changing ----------------------------------------------------------------------------------------------------------
@@ -162,7 +182,8 @@ def crown(
 def roll_back(store: Store, name: str, to: int | None = None, why: str = "") -> Champion:
     """Bring an earlier champion back, in a new snapshot: version `to` (0: the base model), or the one before the current.
 
-    Rolling back once more goes one further back. Raises ChampionError.
+    Rolling back once more goes one further back. Raises ChampionError (also where the files of its adapter are gone or others),
+    CorruptObject.
     """
 
     def follow(earlier: list[Champion]) -> dict[str, Any] | Champion:
@@ -187,6 +208,7 @@ def roll_back(store: Store, name: str, to: int | None = None, why: str = "") -> 
         restored = by_version.get(target)
         if restored:
             check_adapter(store, restored.adapter, restored.base_digest)
+            _check_files(store, restored)
         return {
             "adapter": restored.adapter if restored else None,
             "weight": restored.weight if restored else 1.0,
@@ -214,17 +236,18 @@ def _next(store: Store, name: str, follow: Callable[[list[Champion]], dict[str, 
             "parent": earlier[-1].version if earlier else None,
         }
         try:
-            return _champion(name, snapshots.commit(store, folder, (snapshot["parent"] or 0) + 1, snapshot))
+            version = (snapshot["parent"] or 0) + 1
+            return _champion(store, name, version, snapshots.commit(store, folder, version, snapshot))
         except SnapshotConflict:
             continue
     raise ChampionError(f"others changed the champion of '{name}' {TRIES} times in a row meanwhile: try again")
 
 
 def check_adapter(store: Store, adapter: str | None, base_digest: str) -> None:
-    """Raises ChampionError where an adapter (None: none) is not in the store, or was not trained on this model."""
+    """Raises ChampionError where an adapter (None: none) is not in the store, or was not trained on this model; CorruptObject."""
     if adapter is None:
         return
-    belongs = _card(store, adapter)["base_digest"]
+    belongs = base_of(store, adapter)
     if belongs != base_digest:
         raise ChampionError(
             f"adapter {adapter} was trained on the model with digest {belongs}, and is to be champion of one with {base_digest}: "
@@ -232,13 +255,31 @@ def check_adapter(store: Store, adapter: str | None, base_digest: str) -> None:
         )
 
 
-def _card(store: Store, adapter: str) -> dict[str, Any]:
+def base_of(store: Store, adapter: str) -> str:
+    """The digest of the model that an adapter of the store was trained on. Raises ChampionError (no such adapter), CorruptObject."""
     try:
-        return load_card(store, adapter)
+        card: Any = load_card(store, adapter)
     except Missing:
         raise ChampionError(
             f"{store!r} has no adapter {adapter}: a champion is an adapter of the store, by its whole digest"
         ) from None
+    if not isinstance(card, dict) or not isinstance(card.get("base_digest"), str):
+        where = store.uri(layout.adapter_card(adapter))
+        raise CorruptObject(f"{where} is no card of an adapter: it does not say of which model (base_digest)", RESTORE)
+    return card["base_digest"]
+
+
+def _check_files(store: Store, champion: Champion) -> None:
+    """Raises ChampionError where what the champion wears cannot be put on: the next run would fail."""
+    if champion.adapter is None:
+        return
+    try:
+        load(at_hand(adapter_of(store, champion.adapter), store).source, champion.adapter)
+    except AdapterError as error:
+        raise ChampionError(
+            f"champion {champion.version} of '{champion.name}' cannot come back: {error}. Restore "
+            f"{store.uri(layout.adapter(champion.adapter))} from a backup of the store, or name another champion (--to)"
+        ) from error
 
 
 def _wears(champion: Champion | None) -> tuple[str, float] | None:
@@ -246,12 +287,17 @@ def _wears(champion: Champion | None) -> tuple[str, float] | None:
 
 
 def _load(store: Store, name: str, version: int) -> Champion:
-    return _champion(name, snapshots.load(store, layout.champion(name), version))
+    return _champion(store, name, version, snapshots.load(store, layout.champion(name), version))
 
 
-def _champion(name: str, snapshot: dict[str, Any]) -> Champion:
-    known = {field.name for field in fields(Champion)}
-    return Champion(name=name, **{key: value for key, value in snapshot.items() if key in known})
+def _champion(store: Store, name: str, version: int, snapshot: Any) -> Champion:
+    """What a snapshot says. Raises CorruptObject where it is none of a champion."""
+    try:
+        return _SHAPE.validate_python({**snapshot, "name": name} if isinstance(snapshot, dict) else snapshot)
+    except ValidationError as error:
+        wrong = "; ".join(": ".join([*map(str, found["loc"]), found["msg"]]) for found in error.errors())
+        where = store.uri(snapshots.key(layout.champion(name), version))
+        raise CorruptObject(f"{where} is no snapshot of a champion: {wrong}", RESTORE) from error
 
 
 def _known(store: Store) -> str:

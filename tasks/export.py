@@ -167,8 +167,13 @@ def _dataset_toml(release: str, folder: Path, sizes: Counter[tuple[int, int]]) -
     lines += [
         "",
         "[[datasets.subsets]]",
-        f"image_dir = {json.dumps(str(folder), ensure_ascii=False)}",
+        f"image_dir = {_quoted(str(folder))}",
         'caption_extension = ".txt"',
         "num_repeats = 1",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """A text as TOML: what JSON escapes, and DEL, which JSON takes as it is."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -25,6 +25,7 @@ IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"} | ({".avif"} if features.che
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 NAMED = 3  # files named in a message
 CAPTION_EXTENSION = ".caption"
+MOST_REPEATS = 10_000  # of a picture in an epoch
 
 
 class DatasetFileError(DarkroomError):
@@ -52,6 +53,10 @@ TEXT = Kind("a text in quotes", lambda value: isinstance(value, str))
 NON_EMPTY = Kind("a text in quotes that is not empty", lambda value: isinstance(value, str) and value != "")
 FROM_0 = Kind("a whole number from 0", lambda value: _whole(value, 0))
 FROM_1 = Kind("a whole number from 1", lambda value: _whole(value, 1))
+REPEATS = Kind(
+    f"a whole number from 1 to {MOST_REPEATS:,}, as an epoch lists every repeat",
+    lambda value: _whole(value, 1) and value <= MOST_REPEATS,
+)
 SHARE = Kind("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
 SIZE = Kind(
     "a whole number of pixels, or [width, height]",
@@ -72,7 +77,7 @@ OF_DATASETS = {
 }
 # … in all three …
 OF_ALL = {
-    "num_repeats": FROM_1,
+    "num_repeats": REPEATS,
     "keep_tokens": FROM_0,
     "keep_tokens_separator": TEXT,
     "shuffle_caption": FLAG,

@@ -1,6 +1,7 @@
 """A model learns from its lessons. What it learnt becomes an adapter of the store, with the facts of how it came about."""
 
 import difflib
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from tasks.engines import Recipe
 from tasks.engines.models import ModelFolder, locate, model_digest
 from tasks.errors import DarkroomError
 from tasks.lessons import Lessons, Safeguards, of_sources
+from tasks.release import check_name
 from tasks.runs import library_versions
 from tasks.store import Store, layout
 from tasks.store.objects import parquet_bytes
@@ -62,13 +64,15 @@ class Learnt:
 
 
 def settings_for(model: str, options: str = "") -> "Settings":
-    """How a model is trained: as its own folder says (darkroom.json, `training`), but for the options, as `rank=8, steps=300`.
+    """How a model is trained: as its own folder says (darkroom.json, `training`), but for the options, as `rank=8, steps=300`, or
+    each in a line of its own. What the folder says of LoRAs alone does not concern a textual inversion.
 
     Raises SettingsError, TrainingError (the model cannot learn like that), EngineError (no such model).
     """
     from pydantic import ValidationError
 
     from tasks.trainers import Settings, check_fits
+    from tasks.trainers.settings import LORA_ALONE
 
     given = _given(options)
     known = list(Settings.model_fields)
@@ -77,8 +81,11 @@ def settings_for(model: str, options: str = "") -> "Settings":
         meant = f" (did you mean {near[0]}?)" if near else ""
         raise SettingsError(f"a training has no setting '{unknown[0]}'{meant}; there are {', '.join(known)}")
     folder = ModelFolder(locate(model))
+    asked = {**folder.training, **given}
+    if asked.get("method") == "textual_inversion":
+        asked = {name: value for name, value in asked.items() if name in given or name not in LORA_ALONE}
     try:
-        settings = Settings.model_validate({**folder.training, **given})
+        settings = Settings.model_validate(asked)
     except ValidationError as error:
         told = "; ".join(
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}, received {problem['input']!r}"
@@ -92,9 +99,10 @@ def settings_for(model: str, options: str = "") -> "Settings":
 
 
 def _given(options: str) -> dict[str, str]:
-    """Names and values of `a=1, b=x, y`: a comma ends a value only before the next name."""
+    """Names and values of `a=1, b=x, y`: a comma ends a value only before the next name, and in text with line ends none does."""
     given = {}
-    for entry in filter(None, re.split(r"\s*,\s*(?=\w+\s*=|$)", options.strip())):
+    lines = options.split("\n") if "\n" in options else re.split(r"\s*,\s*(?=\w+\s*=|$)", options.strip())
+    for entry in filter(str.strip, lines):
         name, sign, value = entry.partition("=")
         if not sign:
             raise SettingsError(f"'{entry.strip()}' is no setting of a training: write name=value, such as steps=300")
@@ -189,14 +197,21 @@ def learn_from(
     return learn(store, recipe.model, lessons, settings, told, name)
 
 
-def copy_files(store: Store, adapter: str, folder: str) -> list[str]:
-    """Copy an adapter's files out of the store, named after it; their paths, the diffusers form first."""
-    card = load_card(store, adapter)
+def copy_files(store: Store, adapter: str, folder: str, name: str = "") -> list[str]:
+    """Copy an adapter's files out of the store, as `<name>-<8 digits of it>-…`, else `<12 digits>-…`; their paths, the diffusers form
+    first. Two adapters of one name lie beside each other. Raises ReleaseError (not a name), Missing, CorruptObject."""
+    if name:
+        check_name(name, of="adapter")
     place = Path(folder).expanduser()
     place.mkdir(parents=True, exist_ok=True)
     copied = []
-    for file in card["files"]:
-        path = place / f"{card['name'] or adapter[:12]}-{Path(file['key']).name}"
-        path.write_bytes(store.read(file["key"]))
+    for file in load_card(store, adapter)["files"]:
+        path = place / f"{f'{name}-{adapter[:8]}' if name else adapter[:12]}-{Path(file['key']).name}"
+        growing = path.with_name(f".darkroom-{os.getpid()}-{Path(file['key']).name}")
+        try:  # whole or not at all
+            growing.write_bytes(store.read(file["key"], file["sha256"]))
+            growing.replace(path)
+        finally:
+            growing.unlink(missing_ok=True)
         copied.append(str(path))
     return copied

@@ -97,12 +97,12 @@ def _restored(store: Store, name: str, snapshot: dict[str, Any], files: list[Rel
     return snapshot
 
 
-def check_name(name: str) -> None:
-    """Raises ReleaseError where `name` cannot be the name of a dataset in every store and on the hub."""
+def check_name(name: str, of: str = "dataset") -> None:
+    """Raises ReleaseError where `name` cannot be the name of a dataset in every store and on the hub, or of files everywhere."""
     usable = name.isascii() and all(letter.isalnum() or letter in "-_." for letter in name)
     if not name or not usable or name[0] in "._" or len(name) > NAME_LENGTH:
         raise ReleaseError(
-            f"dataset name {name!r} is not usable: take 1–{NAME_LENGTH} letters, digits, '-', '_' or '.', without "
+            f"{of} name {name!r} is not usable: take 1–{NAME_LENGTH} letters, digits, '-', '_' or '.', without "
             "slashes and not beginning with '.' or '_', such as 'birds-2026'"
         )
 

@@ -31,6 +31,7 @@ from tasks.verify_gate import check_champions, check_promotions
 
 THREADS = 8  # shards checked at once; each holds one part in memory
 NAMED = 3  # candidates named in a message
+OTHER_JSON = (KeyError, TypeError, AttributeError)  # what a list or null raises where facts are looked up
 
 RELEASE_AGAIN = (
     "delete its snapshot in `_snapshots/` and start the run again with the same command: it writes the same files"
@@ -78,7 +79,7 @@ class Report:
             raise
         except StoreError as error:
             self.say(key, error.what, remedy)
-        except (DarkroomError, OSError, ValueError, KeyError, TypeError, pa.ArrowException, PolarsError) as error:
+        except (DarkroomError, OSError, ValueError, *OTHER_JSON, pa.ArrowException, PolarsError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             self.say(key, what or type(error).__name__, remedy)
 
@@ -108,7 +109,11 @@ def verify(store: Store) -> Report:
 def _snapshot_keys(store: Store) -> list[tuple[str, str]]:
     """(dataset, key) of every committed snapshot."""
     keys = ((key, key.split("/")) for key in store.list(layout.DATASETS))
-    return [(parts[1], key) for key, parts in keys if len(parts) == 4 and parts[2] == "_snapshots"]
+    return [
+        (parts[1], key)
+        for key, parts in keys
+        if len(parts) == 4 and parts[2] == "_snapshots" and snapshots.version_of(key)
+    ]
 
 
 def _check_release(store: Store, named: tuple[str, str], report: Report) -> None:

@@ -39,7 +39,7 @@ def check_champions(store: Store, report: "Report") -> None:
 
 
 def _check_champion(store: Store, champion: Champion, earlier: list[Champion], report: "Report") -> None:
-    key = f"{layout.champion(champion.name)}/_snapshots/{champion.version:020d}.json"
+    key = snapshots.key(layout.champion(champion.name), champion.version)
     parent = earlier[-1].version if earlier else None
     if champion.parent != parent:
         report.say(key, f"follows on champion {champion.parent}, and {parent} is the one before it", RESTORE)

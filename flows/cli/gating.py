@@ -32,7 +32,8 @@ def promote(
     store: StoreOption = "out/store",
     name: Annotated[str, typer.Option(help="Whose champion is challenged.")] = "demo",
     held_out: Annotated[
-        float | None, typer.Option(help="Share of the manifest that was held out of training; else all of it.")
+        float | None,
+        typer.Option(help="Share of the manifest (0 to 1) that was held out of training; else all of it."),
     ] = None,
     images: Annotated[int | None, typer.Option(help="Images per prompt that each of the two makes.")] = None,
     prompts: Annotated[int | None, typer.Option(help="Prompts without which nothing is decided, at least.")] = None,
@@ -101,6 +102,8 @@ def promote(
             crew = Workers(**given(workers=workers))
         except ValidationError as error:
             raise typer.BadParameter(in_words(error)) from error
+        if held_out is not None and not 0 <= held_out <= 1:  # nor is nan between them
+            raise typer.BadParameter(f"--held-out: give a share from 0 to 1, received {held_out}")
         from flows.promote import promote as flow  # Prefect takes seconds to start
 
         summary = run_flow(
@@ -168,8 +171,8 @@ def set_champion(
 ) -> None:
     """Make an adapter champion, or the base model, without a comparison."""
     with errors():
-        from tasks.adapters import load_card, resolve
-        from tasks.champions import ChampionError, crown, current
+        from tasks.adapters import resolve
+        from tasks.champions import ChampionError, base_of, crown, current
         from tasks.store import Store, layout
 
         place = Store(store)
@@ -184,7 +187,7 @@ def set_champion(
             raise ChampionError(
                 f"adapter '{adapter}' is not in {place!r}, and only what the store keeps can be champion"
             )
-        base = load_card(place, worn.digest)["base_digest"]
+        base = base_of(place, worn.digest)
         _tell(place, crown(place, name, worn.digest, weight=worn.weight, base_digest=base, why=why), as_json)
 
 

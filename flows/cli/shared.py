@@ -139,8 +139,12 @@ def policy_fields(
 
 
 def learning_fields(option: list[str] | None, exam: str | None, **fields: Any) -> dict[str, Any]:
-    """The fields of `Learning` that were given."""
-    return given(options=", ".join(option) if option else None, exam_manifest=exam, **fields)
+    """The fields of `Learning` that were given; a setting a line, so that their commas stay theirs."""
+    if bad := [
+        entry for entry in option or () if "\n" in entry or not entry.partition("=")[0].strip() or "=" not in entry
+    ]:
+        raise typer.BadParameter(f"--option {bad[0]!r}: write name=value in one line, such as -o steps=300")
+    return given(options="".join(f"{entry}\n" for entry in option) if option else None, exam_manifest=exam, **fields)
 
 
 def in_words(error: Any) -> str:

@@ -29,7 +29,7 @@ def train(
         list[str], typer.Argument(help="Releases (demo@3; demo: all of that name) and Kohya dataset files (….toml).")
     ],
     store: StoreOption = "out/store",
-    name: Annotated[str, typer.Option(help="As other tools list the adapter.")] = "",
+    name: Annotated[str, typer.Option(help="As other tools list the adapter; also how its files in --to begin.")] = "",
     option: SettingOption = None,
     model: Annotated[str | None, typer.Option(help="Diffusers folder or hub name.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels that images of releases are learnt at.")] = None,
@@ -50,6 +50,7 @@ def train(
 
         from flows.parameters import Generation, Learning
         from tasks.learn import copy_files, settings_for
+        from tasks.release import check_name
         from tasks.store import Store
 
         try:
@@ -66,7 +67,10 @@ def train(
             )
         except ValidationError as error:
             raise typer.BadParameter(in_words(error)) from error
-        settings_for(generation.model, learning.options)  # what is wrong is told before Prefect starts
+        # what is wrong is told before Prefect starts
+        if name:
+            check_name(name, of="adapter")
+        settings_for(generation.model, learning.options)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # one of several processes of `accelerate launch`
             learnt = _beside_others(sources, store, name, generation, learning)
             if int(os.environ.get("RANK", 0)):
@@ -75,7 +79,7 @@ def train(
             from flows.train import train as flow
 
             learnt = run_flow(flow, sources=sources, store=store, name=name, generation=generation, learning=learning)
-        files = copy_files(Store(store), learnt.adapter, to) if to else []
+        files = copy_files(Store(store), learnt.adapter, to, name) if to else []
         print_training(Store(store), learnt, files, time.monotonic() - started)
 
 

@@ -125,8 +125,8 @@ def decode(data: bytes) -> "np.ndarray":
 
     with _opened(data) as image:
         try:
-            return np.array(image.convert("RGB"))
-        except (OSError, SyntaxError) as error:  # Pillow's word for a broken PNG is SyntaxError
+            return np.array(of_8_bits(image).convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow's word for a broken PNG is SyntaxError
             raise NotAnImage(f"an image file of {len(data)} bytes is torn: {error}") from error
 
 
@@ -134,6 +134,13 @@ def size(data: bytes) -> tuple[int, int]:
     """Width and height of an image file in pixels, by its head alone. Raises NotAnImage."""
     with _opened(data) as image:
         return image.size
+
+
+def of_8_bits(image: Image.Image) -> Image.Image:
+    """Grey images of 16 bits with 8: Pillow would cut them off at 255."""
+    import numpy as np
+
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I;16") else image
 
 
 def read_facts(data: bytes) -> Facts | dict[str, str]:
@@ -155,6 +162,10 @@ def _opened(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data))
     except UnidentifiedImageError as error:
         raise NotAnImage(f"{len(data)} bytes are not an image file: they begin with {data[:8]!r}") from error
+    except Image.DecompressionBombError as error:
+        raise NotAnImage(
+            f"an image file of {len(data)} bytes is not opened, as it would fill the memory: {error} Scale it down, or leave it out"
+        ) from error
 
 
 def _xmp_facts(xmp: bytes) -> str | None:

@@ -7,10 +7,13 @@ claim whose writer never comes back leaves a gap in the numbers, and nothing els
 """
 
 import json
+import re
 from typing import Any
 
 from tasks.errors import DarkroomError
 from tasks.store.objects import Store
+
+_NUMBERED = re.compile(r"([0-9]{20})\.json")
 
 
 class SnapshotConflict(DarkroomError):
@@ -23,8 +26,19 @@ def versions(store: Store, folder: str) -> list[int]:
 
 
 def load(store: Store, folder: str, version: int) -> dict[str, Any]:
-    """The snapshot of a version. Raises Missing."""
-    return store.read_json(_snapshot(folder, version))
+    """The snapshot of a version. Raises Missing, CorruptObject."""
+    return store.read_json(key(folder, version))
+
+
+def key(folder: str, version: int) -> str:
+    """Where the snapshot of a version is."""
+    return f"{folder}/_snapshots/{version:020d}.json"
+
+
+def version_of(key: str) -> int | None:
+    """The version whose snapshot (or claim) has this key; None: it is another file, such as a note or what macOS leaves."""
+    found = _NUMBERED.fullmatch(key.rpartition("/")[2])
+    return int(found[1]) if found else None
 
 
 def find(store: Store, folder: str, writer_id: str) -> dict[str, Any] | None:
@@ -38,7 +52,7 @@ def find(store: Store, folder: str, writer_id: str) -> dict[str, Any] | None:
 
 def everything(store: Store, root: str) -> list[tuple[str, dict[str, Any]]]:
     """(name, snapshot) of every committed version of every folder `<root>/<name>`, by name and version."""
-    keys = (key.split("/") for key in store.list(root))
+    keys = (key.split("/") for key in store.list(root) if version_of(key))
     names = dict.fromkeys(parts[1] for parts in keys if len(parts) == 4 and parts[2] == "_snapshots")
     return [
         (name, load(store, f"{root}/{name}", version))
@@ -68,20 +82,16 @@ def commit(store: Store, folder: str, version: int, snapshot: dict[str, Any]) ->
     Returns the snapshot as committed. Raises SnapshotConflict.
     """
     snapshot = {"version": version, **snapshot}
-    created = store.create(_snapshot(folder, version), json.dumps(snapshot, indent=1, ensure_ascii=False).encode())
+    created = store.create(key(folder, version), json.dumps(snapshot, indent=1, ensure_ascii=False).encode())
     if not created:
         there = load(store, folder, version)
         if there["writer_id"] != snapshot["writer_id"]:
             raise SnapshotConflict(
-                f"{store.uri(_snapshot(folder, version))} was committed by writer {there['writer_id']}, not by "
+                f"{store.uri(key(folder, version))} was committed by writer {there['writer_id']}, not by "
                 f"{snapshot['writer_id']}: start the run again, it takes the next number"
             )
         return there
     return snapshot
-
-
-def _snapshot(folder: str, version: int) -> str:
-    return f"{folder}/_snapshots/{version:020d}.json"
 
 
 def _claim(folder: str, version: int) -> str:
@@ -89,4 +99,6 @@ def _claim(folder: str, version: int) -> str:
 
 
 def _numbers(store: Store, prefix: str) -> list[int]:
-    return [int(key.rsplit("/", 1)[1].removesuffix(".json")) for key in store.list(prefix) if key.endswith(".json")]
+    """Of the files right under a prefix."""
+    there = (key for key in store.list(prefix) if key.rpartition("/")[0] == prefix)
+    return [found for key in there if (found := version_of(key))]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps
 
+from tasks.store.images import of_8_bits
 from tasks.trainers.buckets import Buckets, Size
 from tasks.trainers.captions import vary
 from tasks.trainers.errors import PictureError
@@ -229,7 +230,7 @@ def _seen(item: Item, channels: str) -> Image.Image:
     picture, view = item.picture, item.view
     try:
         with Image.open(io.BytesIO(picture.read())) as opened:
-            upright = _of_8_bits(ImageOps.exif_transpose(opened))
+            upright = of_8_bits(ImageOps.exif_transpose(opened))
             image = upright.convert("RGBA").getchannel("A") if channels == "A" else upright.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise PictureError(
@@ -244,10 +245,3 @@ def _seen(item: Item, channels: str) -> Image.Image:
         image = image.resize(view.resize, Image.Resampling.LANCZOS)
     image = image.crop(view.crop)
     return ImageOps.mirror(image) if view.flip else image
-
-
-def _of_8_bits(image: Image.Image) -> Image.Image:
-    """Grey pictures of 16 bits with 8: Pillow would cut them off at 255."""
-    import numpy as np
-
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I;16") else image

@@ -6,6 +6,7 @@ and the kept mean: tensors in a safetensors file, and its header for the rest.
 
 import json
 import logging
+import re
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 KEPT = 2  # the latest, and the one before, should that be damaged
 DIGITS = 16
+_NAME = re.compile(rf"([0-9]{{8}})-([0-9a-f]{{{DIGITS}}})\.safetensors")  # as layout.checkpoint has it
 
 log = logging.getLogger(__name__)
 
@@ -41,27 +43,30 @@ def save(store: Store, training: str, record: Record, tensors: "dict[str, torch.
         {"record": json.dumps(asdict(record))},
     )
     store.write(layout.checkpoint(training, record.step, sha256(data)[:DIGITS]), data)
-    for key in store.list(layout.checkpoints(training))[:-KEPT]:
-        if _step(key) < record.step:
+    for key, step, _ in _there(store, training)[:-KEPT]:
+        if step < record.step:
             store.delete(key)
 
 
 def load(store: Store, training: str) -> "tuple[Record, dict[str, torch.Tensor]] | None":
-    """The latest checkpoint that is whole; None: there is none."""
+    """The latest checkpoint that is whole; None: there is none. Damaged ones are deleted, as they would count among those kept."""
     from safetensors.torch import load as from_bytes
 
-    for key in reversed(store.list(layout.checkpoints(training))):
+    for key, _, digest in reversed(_there(store, training)):
         try:
             data = store.read(key)
         except Missing:  # another start of the same training has just put a later one
             continue
-        if sha256(data)[:DIGITS] != key.removesuffix(".safetensors").rpartition("-")[2]:
-            log.warning("%s is damaged and left out; the training goes on from an earlier checkpoint", store.uri(key))
+        if sha256(data)[:DIGITS] != digest:
+            log.warning("%s is damaged and deleted; the training goes on from an earlier checkpoint", store.uri(key))
+            store.delete(key)
             continue
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         return Record(**json.loads(header["__metadata__"]["record"])), from_bytes(data)
     return None
 
 
-def _step(key: str) -> int:
-    return int(key.rsplit("/", 1)[-1].partition("-")[0])
+def _there(store: Store, training: str) -> list[tuple[str, int, str]]:
+    """(key, step, digest) of the checkpoints, the earliest first; other files in their folder are nobody's business."""
+    found = ((key, _NAME.fullmatch(key.rpartition("/")[2])) for key in store.list(layout.checkpoints(training)))
+    return [(key, int(name[1]), name[2]) for key, name in found if name]

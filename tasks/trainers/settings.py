@@ -4,13 +4,15 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+# a textual inversion has none of these
+LORA_ALONE = ("rank", "alpha", "targets", "dropout", "text_encoder", "text_learning_rate")
 SPEED_AND_SAFETY = ("checkpoint_every", "sample_prompts")  # have no part in the weights
 
 
 class Settings(BaseModel):
     """A LoRA on the denoiser of attention, unless something else is said."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: Literal["lora", "dreambooth", "textual_inversion"] = "lora"
     steps: int = Field(1000, ge=1, le=10_000_000, description="changes of the weights")

@@ -160,15 +160,17 @@ def test_the_command_line_trains_and_gives_the_files(first: tuple[Store, dict[st
     from prefect.client.orchestration import get_client
 
     store, _ = first
-    command = ["train", "shapes@1", "--store", store.url, "--model", MODEL, "--name", "my shapes", "--held-out", "0.3"]
+    command = ["train", "shapes@1", "--store", store.url, "--model", MODEL, "--name", "my-shapes", "--held-out", "0.3"]
     command += ["-o", "steps=4", "-o", "batch_size=2", "-o", "rank=2", "-o", "alpha=3", "--to", str(tmp_path)]
     command += ["-o", "sample_prompts=a large red circle|a small blue star"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     files = sorted(tmp_path.iterdir())
-    assert [file.name for file in files] == ["my shapes-adapter.safetensors", "my shapes-kohya.safetensors"]
-    assert all(str(file) in result.output for file in files)
     ours, theirs = map(read_adapter, files)
+    assert [file.name for file in files] == [
+        f"my-shapes-{ours.digest[:8]}-{form}.safetensors" for form in ("adapter", "kohya")
+    ]
+    assert all(str(file) in result.output for file in files)
     assert ours.digest == theirs.digest and set(ours.alphas.values()) == {3.0}  # type: ignore[union-attr]
     with get_client(sync_client=True) as client:
         shown = [str(artifact.data) for artifact in client.read_artifacts() if artifact.type == "markdown"]

@@ -13,7 +13,7 @@ from flows.cli import app
 from flows.parameters import Exam, Generation, Scoring
 from flows.promote import promote
 from tasks.adapters import write_adapter
-from tasks.champions import Champion, crown, current, history
+from tasks.champions import Champion, ChampionChanged, crown, current, history, roll_back
 from tasks.exam import ExamTooSmall
 from tasks.lift import LiftError
 from tasks.store import Store, layout
@@ -82,6 +82,18 @@ def test_starting_it_again_makes_nothing_and_decides_the_same(place: tuple[Store
     first, second = (challenge(store, wrecking[:8], exam, name="other", **options) for _ in range(2))
     assert (first["made"], second["made"]) == (2 * 24, 0)
     assert (first["decision"], first["reasons"]) == (second["decision"], second["reasons"])
+
+
+def test_who_was_rolled_back_is_not_announced_as_champion(place: tuple[Store, str, str], exam: str) -> None:
+    store, wrecking, harmless = place
+    crown(store, "back", wrecking, base_digest=base_digest(), why="a mistake")
+    assert challenge(store, harmless, exam, name="back")["crowned"].version == 2
+    roll_back(store, "back", to=1)
+    with pytest.raises(
+        ChampionChanged, match=r"as champion 2 of 'back' .* rolled back since.*`darkroom champion set back"
+    ):
+        challenge(store, harmless, exam, name="back")
+    assert [one.adapter for one in history(store, "back")] == [wrecking, harmless, wrecking]
 
 
 def test_what_cannot_decide_anything_makes_no_images(place: tuple[Store, str, str], exam: str) -> None:

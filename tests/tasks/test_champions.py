@@ -10,26 +10,32 @@ from tasks.champions import (
     Champion,
     ChampionChanged,
     ChampionError,
+    base_of,
+    check_stands,
     crown,
     current,
     history,
+    names,
     roll_back,
     standing,
     worn,
 )
 from tasks.engines import Recipe
 from tasks.release import ReleaseError
-from tasks.store import Store, layout
+from tasks.store import CorruptObject, Store, layout
 from tests.synthetic_run import RECIPE
+from tests.tasks.adapters.loras import small_lora, trained
 
 BASE = RECIPE.model_digest
-ONE, TWO, THREE = ("1" * 32, "2" * 32, "3" * 32)
+ONE, TWO, THREE = (small_lora(alpha=alpha).digest for alpha in (1, 2, 3))
+FIRST = f"champions/demo/_snapshots/{1:020d}.json"
 
 
 @pytest.fixture
-def store(any_store: Store) -> Store:
-    for adapter in (ONE, TWO, THREE):
-        give_card(any_store, adapter)
+def store(any_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setenv("DARKROOM_CACHE", str(tmp_path / "cache"))
+    for alpha in (1, 2, 3):
+        trained(any_store, {}, small_lora(alpha=alpha), base_digest=BASE)
     for number in range(3):
         any_store.create(layout.decision(str(number)), b"{}")
     return any_store
@@ -164,3 +170,64 @@ def test_a_night_keeps_the_champion_it_began_with(store: Store) -> None:
     assert standing(store, "demo", "2026-11-25") == first
     assert standing(store, "demo", "2026-11-26/with: any text") == second
     assert history(store, "demo") == [first, second]
+
+
+def test_what_was_crowned_and_rolled_back_does_not_pass_for_the_champion(store: Store) -> None:
+    first = crowned(store, ONE, 0, weight=0.5)
+    check_stands(store, first)
+    roll_back(store, "demo", to=0, why="the report was wrong")
+    with pytest.raises(ChampionChanged, match=r"as champion 1 of 'demo' .* rolled back since: the base model") as told:
+        check_stands(store, crowned(store, ONE, 0, weight=0.5))
+    assert f"`darkroom champion set demo {ONE[:12]}=0.5` brings it back" in str(told.value)
+    assert "champion 2, " in str(told.value) and "the report was wrong" in str(told.value)
+    crowned(store, TWO)
+    with pytest.raises(ChampionChanged, match="replaced since: adapter"):
+        check_stands(store, first)
+    crowned(store, ONE, weight=0.5)
+    check_stands(store, first)
+
+
+def test_other_files_beside_the_snapshots_are_nobodys_business(store: Store) -> None:
+    first = crowned(store, ONE)
+    for name in ("notes.json", "._0001.json", f"._{1:020d}.json", "1.json", f"old/{7:020d}.json"):
+        store.write(f"champions/demo/_snapshots/{name}", b"{}")
+        store.write(f"champions/other/_snapshots/{name.removeprefix('old/')}", b"{}") if name == "notes.json" else None
+    assert current(store, "demo") == first and history(store, "demo") == [first]
+    assert crowned(store, TWO).version == 2 and roll_back(store, "demo").adapter == ONE
+    assert names(store) == ["demo"]
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", '"text"', "{}", '{"version": "first", "adapter": null}'])
+def test_a_snapshot_that_is_none_is_named(tmp_path: Path, content: str) -> None:
+    store = Store(tmp_path)
+    store.write(FIRST, content.encode())
+    for ask in (current, history, roll_back):
+        with pytest.raises(CorruptObject, match=r"0001\.json is no snapshot of a champion: .*restore it"):
+            ask(store, "demo")
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"base_digest": 3}'])
+def test_a_card_that_is_none_is_named(store: Store, content: str) -> None:
+    crowned(store, ONE)
+    crowned(store, TWO)
+    store.write(layout.adapter_card(ONE), content.encode())
+    for ask in (lambda: base_of(store, ONE), lambda: roll_back(store, "demo"), lambda: crowned(store, ONE)):
+        with pytest.raises(CorruptObject, match=r"adapter\.json is no card of an adapter.*restore it"):
+            ask()
+    assert len(history(store, "demo")) == 2
+
+
+def test_an_adapter_whose_files_are_gone_or_others_does_not_come_back(store: Store) -> None:
+    crowned(store, ONE)
+    crowned(store, TWO)
+    files = [key for key in store.list(layout.adapter(ONE)) if key.endswith(".safetensors")]
+    for key in files:
+        store.write(key, store.read(f"{layout.adapter(THREE)}/{key.rsplit('/')[-1]}"))
+    with pytest.raises(ChampionError, match=r"champion 1 of 'demo' cannot come back: .*digest"):
+        roll_back(store, "demo")
+    for key in files:
+        store.delete(key)
+    with pytest.raises(ChampionError, match=r"champion 1 of 'demo' cannot come back: .*Restore"):
+        roll_back(store, "demo")
+    assert len(history(store, "demo")) == 2
+    assert roll_back(store, "demo", to=0).adapter is None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -282,3 +283,12 @@ def test_the_command_says_what_lies_where(tmp_path: Path):
     assert json.loads((tmp_path / "out" / "darkroom.json").read_text())["release"] == "demo@1"
     wrong = CliRunner().invoke(app, ["export", "demo@9", *arguments[2:]])
     assert wrong.exit_code == 1 and "it has demo@1" in wrong.output
+
+
+def test_any_name_of_a_folder_is_toml(tmp_path: Path):
+    store = Store(tmp_path / "store")
+    released(store)
+    folder = tmp_path / "a\x7fb\tc\x01"
+    export(store, "demo@1", folder)
+    (dataset,) = tomllib.loads((folder / "dataset.toml").read_text())["datasets"]
+    assert dataset["subsets"][0]["image_dir"] == str(folder)

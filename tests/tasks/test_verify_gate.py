@@ -47,6 +47,12 @@ def test_champions_and_decisions_in_order_have_no_problems(crowned: PaintedDuel)
     assert (report.checked["champions"], report.checked["decisions"]) == (3, 1)
 
 
+def test_notes_beside_snapshots_are_no_problem(crowned: PaintedDuel) -> None:
+    for folder in ("champions/demo", "datasets/demo"):
+        crowned.store.write(f"{folder}/_snapshots/notes.json", b"[]")
+    assert verify(crowned.store).problems == []
+
+
 def test_a_duel_that_is_not_decided_is_no_problem(crowned: PaintedDuel) -> None:
     crowned.store.write("promotions/" + "9" * 32 + "/pairs.parquet", b"on its way")
     assert verify(crowned.store).problems == []
@@ -70,6 +76,25 @@ def a_champion_is_lost(made: PaintedDuel) -> str:
 def a_champion_is_torn(made: PaintedDuel) -> str:
     made.store.write(snapshot(2), b'{"version": 2,')
     return "champions/demo"
+
+
+@damage
+def a_champion_is_a_list(made: PaintedDuel) -> str:
+    made.store.write(snapshot(2), b"[]")
+    return "champions/demo"
+
+
+@damage
+def a_decision_is_a_list(made: PaintedDuel) -> str:
+    made.store.write(made.duel.key, b"[]")
+    return made.duel.key
+
+
+@damage
+def a_recipe_is_a_list(made: PaintedDuel) -> str:
+    key = layout.recipe(made.plan.shards[0].recipe_id)
+    made.store.write(key, b"[]")
+    return key
 
 
 @damage

@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 from xml.etree import ElementTree
 
 import numpy as np
@@ -112,6 +114,25 @@ def test_the_size_is_read_from_the_head_alone(format: str) -> None:
     assert size(encode(PIXELS, FACTS)[:-200]) == size(data)  # torn
     with pytest.raises(NotAnImage, match="not an image file"):
         size(b"no image")
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+def test_16_bits_of_grey_become_8(byteorder: str) -> None:
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    saved = io.BytesIO()
+    Image.fromarray((levels * 257).astype(f"{byteorder}u2")).save(saved, "TIFF" if byteorder == ">" else "PNG")
+    assert np.array_equal(decode(saved.getvalue()), levels.astype(np.uint8)[..., None].repeat(3, 2))
+
+
+def test_an_image_that_would_fill_the_memory_is_not_opened() -> None:
+    saved = io.BytesIO()
+    Image.fromarray(PIXELS).save(saved, "PNG")
+    data = bytearray(saved.getvalue())
+    data[16:24] = struct.pack(">II", 20_000, 20_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    for read in (decode, read_facts):
+        with pytest.raises(NotAnImage, match=r"400000000 pixels.*Scale it down"):
+            read(bytes(data))
 
 
 def test_the_pixel_hash_is_of_shape_and_pixels() -> None:

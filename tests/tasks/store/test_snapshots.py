@@ -77,3 +77,13 @@ def test_one_writer_started_many_times_at_once_gets_one_number(any_store: Store)
 
     with ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(claim, range(8)))) == 1
+
+
+def test_other_files_beside_snapshots_and_claims_are_no_versions(any_store: Store) -> None:
+    snapshots.commit(any_store, FOLDER, 1, {"writer_id": "a"})
+    for name in ("notes.json", "._0001.json", f"{5:020d}.json.bak", f"below/{9:020d}.json"):
+        any_store.write(f"{FOLDER}/_snapshots/{name}", b"[]")
+        any_store.write(f"{FOLDER}/_claims/{name}", b"[]")
+    any_store.write("datasets/noted/_snapshots/notes.json", b"[]")
+    assert snapshots.versions(any_store, FOLDER) == [1] and snapshots.claim(any_store, FOLDER, "b") == 2
+    assert [(name, one["version"]) for name, one in snapshots.everything(any_store, "datasets")] == [("demo", 1)]

@@ -12,6 +12,17 @@ def test_a_model_says_how_it_is_trained_and_a_person_may_say_otherwise() -> None
     assert (other.rank, other.targets, other.text_encoder, other.steps) == (4, "to_q, to_v", False, own.steps)
 
 
+def test_where_settings_stand_in_lines_commas_are_part_of_values() -> None:
+    found = settings_for(MODEL, "sample_prompts=a red circle, rank=4 | a ring\n\n rank = 8 \r\n")
+    assert (found.samples, found.rank) == (["a red circle, rank=4", "a ring"], 8)
+
+
+def test_what_a_model_says_of_loras_does_not_concern_a_textual_inversion() -> None:
+    found, lora = settings_for(MODEL, "method=textual_inversion, rank=2"), settings_for(MODEL)
+    assert (found.text_encoder, found.targets, found.rank) == (False, "attention", 2)
+    assert (found.steps, found.learning_rate, found.timesteps) == (lora.steps, lora.learning_rate, "mid")
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -23,6 +34,12 @@ def test_a_model_says_how_it_is_trained_and_a_person_may_say_otherwise() -> None
         ("method=textual_inversion, text_encoder=true", "text_encoder=false"),
         ("placeholder=two words", "is one word"),
         ("steps=many", "steps: .*received 'many'"),
+        ("alpha=inf", "alpha: .*finite number, received 'inf'"),
+        ("clip=inf", "clip: .*finite number"),
+        ("min_snr_gamma=inf", "min_snr_gamma: .*finite number"),
+        ("rank=4, steps=3\n", "rank: .*received '4, steps=3'"),
+        ("rank=4\nsteps\n", "'steps' is no setting"),
+        ("method=textual_inversion, rank=0", "rank: .*received '0'"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_sentence(options: str, told: str) -> None:
