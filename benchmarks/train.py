@@ -2,7 +2,7 @@
 
 The same model, pictures, batches of the same size, precision (float32), rank, targets and optimizer; the reference's loop is written out
 below as it stands there, from PNG bytes by way of its transforms and a DataLoader. Ours runs as a user's would, told of each step, once
-with nothing kept from step to step and once with latents and embeddings kept. All three are taken in turn, --repeats times, on one
+with nothing kept from step to step once with latents and embeddings kept, and once compiled as well. All are taken in turn, --repeats times, on one
 machine; ratios are medians over the repeats of steps per second, without the first steps (compilation of kernels, the first
 epoch that fills the caches).
 
@@ -139,12 +139,12 @@ def reference(files: list[tuple[bytes, str]], steps: int, batch_size: int) -> fl
 
 
 @on_model_thread
-def ours(files: list[tuple[bytes, str]], steps: int, batch_size: int, cached: bool) -> float:
+def ours(files: list[tuple[bytes, str]], steps: int, batch_size: int, cached: bool, compiled: bool = False) -> float:
     """Steps per second of ours."""
     shown = tuple(
         Picture(str(number), text, SIZE, SIZE, lambda data=data: data) for number, (data, text) in enumerate(files)
     )
-    settings = Settings(steps=steps + WARM, rank=RANK, learning_rate=RATE, checkpoint_every=10**6)
+    settings = Settings(steps=steps + WARM, rank=RANK, learning_rate=RATE, checkpoint_every=10**6, compiled=compiled)
     batches = Batches([Dataset((Subset(shown),), (SIZE, SIZE), batch_size)], 0, 8)
     times: dict[int, float] = {}
 
@@ -168,11 +168,12 @@ def main() -> None:
     if options.pictures > WARM * options.batch:
         parser.error(f"--pictures must be seen once within the first {WARM} steps: {WARM * options.batch} at most")
     files = pictures(options.pictures)
-    speeds: dict[str, list[float]] = {"reference": [], "uncached": [], "cached": []}
+    speeds: dict[str, list[float]] = {"reference": [], "uncached": [], "cached": [], "compiled": []}
     for number in range(options.repeats):
         speeds["reference"].append(reference(files, options.steps, options.batch))
         speeds["uncached"].append(ours(files, options.steps, options.batch, cached=False))
         speeds["cached"].append(ours(files, options.steps, options.batch, cached=True))
+        speeds["compiled"].append(ours(files, options.steps, options.batch, cached=True, compiled=True))
         print(
             f"repeat {number + 1}: "
             + ", ".join(f"{name} {rates[-1]:.2f}" for name, rates in speeds.items())
@@ -184,7 +185,8 @@ def main() -> None:
         return round(statistics.median(each), 3)
 
     medians = {f"{name}_steps_per_second": round(statistics.median(rates), 2) for name, rates in speeds.items()}
-    print(json.dumps({"steps_vs_reference": ratio("uncached"), "cached_vs_reference": ratio("cached"), **medians}))
+    ratios = {f"{name}_vs_reference": ratio(name) for name in ("cached", "compiled")}
+    print(json.dumps({"steps_vs_reference": ratio("uncached"), **ratios, **medians}))
 
 
 if __name__ == "__main__":

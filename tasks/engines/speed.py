@@ -37,7 +37,7 @@ def options(pipeline: Any, recipe: Recipe, chooses_attention: bool) -> Iterator[
     Raises EngineError: there is no such attention on this machine, or no compiler.
     """
     set_compiled(pipeline, recipe.compiled)
-    with _attention(recipe, chooses_attention), _compiler_errors(recipe):
+    with _attention(recipe, chooses_attention), compiler_errors(recipe.model, recipe.compiled):
         yield _until(pipeline, recipe) if recipe.guidance_until < 1 else {}
 
 
@@ -63,8 +63,9 @@ def _allow_many_shapes() -> None:
 
 
 @contextmanager
-def _compiler_errors(recipe: Recipe) -> Iterator[None]:
-    if not recipe.compiled:
+def compiler_errors(model: str, compiled: bool) -> Iterator[None]:
+    """Turns errors of the compiler, where it is at work, into EngineError."""
+    if not compiled:
         yield
         return
     from torch._dynamo.exc import TorchDynamoException
@@ -74,7 +75,7 @@ def _compiler_errors(recipe: Recipe) -> Iterator[None]:
     except TorchDynamoException as error:
         reason = str(error).strip().splitlines()[0]
         raise EngineError(
-            f"model '{recipe.model}' does not compile here: {reason}. It takes a C++ compiler, and Triton on a GPU; or run "
+            f"model '{model}' does not compile here: {reason}. It takes a C++ compiler, and Triton on a GPU; or run "
             "without `compiled`"
         ) from error
 

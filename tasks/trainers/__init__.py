@@ -72,6 +72,7 @@ def _train(
 
     from tasks.engines.diffusers import engine_errors
     from tasks.engines.models import ModelFolder, default_recipe, locate, model_digest, resolve_dtype
+    from tasks.engines.speed import compiler_errors
     from tasks.trainers.batches import Batches
     from tasks.trainers.dreambooth import with_class_images
     from tasks.trainers.lora import LoraLearner
@@ -88,7 +89,7 @@ def _train(
     learner = TextualInversionLearner if settings.method == "textual_inversion" else LoraLearner
     named = training_id(model_digest(folder.path), datasets, settings, dtype)
     batches = Batches(datasets, settings.seed, folder.multiple)
-    with engine_errors(model):
+    with engine_errors(model), compiler_errors(model, settings.compiled):
         training = Training(named, folder, batches, learner, settings, dtype, store)
         try:
             training.run(told)

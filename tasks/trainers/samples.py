@@ -46,12 +46,14 @@ def make(
 
 @contextmanager
 def _at_rest(student: Student) -> Iterator[None]:
-    """Without dropout."""
+    """Without dropout, and not compiled, which would take a minute for the samples' own shape."""
+    compiled, student.denoiser._compiled_call_impl = student.denoiser._compiled_call_impl, None
     learning = [module for module in (student.denoiser, *student.clip_encoders.values()) if module.training]
     for module in learning:
         module.eval()
     try:
         yield
     finally:
+        student.denoiser._compiled_call_impl = compiled
         for module in learning:
             module.train()

@@ -46,6 +46,10 @@ class Settings(BaseModel):
         "auto", description="of the frozen weights; auto: float32 on CPU, bfloat16 on GPU"
     )
     checkpointing: bool = Field(False, description="compute activations twice, which saves memory")
+    compiled: bool = Field(
+        False,
+        description="compile the denoiser: a minute or more for each size of images, and faster steps from then on",
+    )
     ema: float = Field(
         0, ge=0, lt=1, description="decay of the mean of the weights that is kept; mostly 0.999; 0: none"
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.engines.decoding import Decoding
 from tasks.engines.diffusers import load_pipeline
 from tasks.engines.models import ModelFolder
+from tasks.engines.speed import MOST_SHAPES
 from tasks.engines.texts import encode
 from tasks.trainers.batches import Item
 from tasks.trainers.losses import objective
@@ -63,6 +64,13 @@ class Student:
         import torch
 
         return torch.autocast(self.device.type, enabled=False)
+
+    def compile(self) -> None:
+        """Have the denoiser compiled at its next call, and for each shape that follows."""
+        import torch
+
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
+        self.denoiser.compile(dynamic=False)
 
     def spare_memory(self) -> None:
         """Compute activations twice rather than keep them."""

@@ -109,6 +109,8 @@ class Training:
         self._learner = learner(self._student, settings)
         if settings.checkpointing:
             self._student.spare_memory()
+        if settings.compiled:
+            self._student.compile()
         groups = self._learner.groups()
         self._parameters = {name: parameter for group, _ in groups for name, parameter in group.items()}
         self._rates = [rate for _, rate in groups]

@@ -136,6 +136,21 @@ def test_half_precision_learns_and_shows_samples(
     assert len([sample for progress in told for sample in progress.samples]) == 2
 
 
+@pytest.mark.slow
+def test_a_compiled_model_learns_the_same_and_resumes_in_the_same_weights(sd: str, tmp_path: Path) -> None:
+    asked = settings(steps=3, checkpoint_every=1, sample_prompts="a dog", learning_rate=1e-3)
+    plain = train(sd, datasets(2), asked, Store(tmp_path / "plain"))
+    compiled = asked.model_copy(update={"compiled": True})
+    done = train(sd, datasets(2), compiled, Store(tmp_path / "whole"))
+    store = Store(tmp_path / "stopped")
+    with pytest.raises(Stopped):
+        train(sd, datasets(2), compiled, store, stopped_after(2))
+    assert train(sd, datasets(2), compiled, store).adapter.digest == done.adapter.digest
+    assert isinstance(plain.adapter, Lora) and isinstance(done.adapter, Lora)
+    for name, tensor in plain.adapter.tensors.items():
+        torch.testing.assert_close(done.adapter.tensors[name], tensor, rtol=1e-2, atol=1e-4)
+
+
 def test_what_is_frozen_computes_in_its_own_precision(sdxl: str, store: Store) -> None:
     """SDXL's VAE overflows in float16, and is float32 there."""
     with training(sdxl, store, settings(), dtype="float16") as running:
