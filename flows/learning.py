@@ -16,7 +16,7 @@ from flows.progress import Training, stop_training
 from flows.steps import step
 from tasks.adapters import ChangesNothing
 from tasks.champions import ChampionChanged
-from tasks.engines import Recipe
+from tasks.engines import DeviceFailed, Recipe
 from tasks.learn import Learnt
 from tasks.lessons import LessonError, Safeguards
 from tasks.lineage import Events
@@ -40,9 +40,13 @@ def learn(store: str, recipe: Recipe, sources: list[str], learning: Learning, ex
     from tasks.learn import learn_from
 
     worker.settle()
-    with Training(recipe.model, Store(store)) as progress:
-        safeguards = safeguards_of(store, learning, exam)
-        return learn_from(Store(store), recipe, sources, learning.options, safeguards, progress.told, name)
+    place, safeguards = Store(store), safeguards_of(store, learning, exam)
+    try:
+        with Training(recipe.model, place) as progress:
+            return learn_from(place, recipe, sources, learning.options, safeguards, progress.told, name)
+    except DeviceFailed:
+        worker.leave()
+        raise
 
 
 def safeguards_of(store: str, learning: Learning, exam: str | None) -> Safeguards:

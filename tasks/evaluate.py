@@ -93,7 +93,7 @@ def find_images(store: Store, named: str) -> Shown:
     Raises EvaluationError, RunNotFound, Missing, CorruptObject.
     """
     folder = Path(named).expanduser()
-    if folder.is_dir():
+    if named and folder.is_dir():
         return _of_folder(folder)
     if "@" not in named:
         raise EvaluationError(f"'{named}' is neither a release, such as demo@3, nor a folder that exists")
@@ -332,6 +332,14 @@ def _named(shown: Shown, id: str) -> Iterator[None]:
         raise EvaluationError(f"image {id} of {shown.name}: {error}; take it out") from error
 
 
+def _caption(file: Path) -> str:
+    """Empty where there is none. Raises EvaluationError."""
+    try:
+        return file.read_text("utf-8-sig").strip() if file.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise EvaluationError(f"'{file}' is not UTF-8: {error}; save it as that, or take it out") from error
+
+
 def _of_folder(folder: Path) -> Shown:
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     if len(files) < 2:
@@ -341,7 +349,7 @@ def _of_folder(folder: Path) -> Shown:
     data = {str(file.relative_to(folder)): file for file in files}
     ids = tuple(f"{name}:{sha256(file.read_bytes())[:16]}" for name, file in data.items())
     captions = [file.with_suffix(".txt") for file in files]
-    prompts = tuple(text.read_text("utf-8").strip() if text.is_file() else "" for text in captions)
+    prompts = tuple(map(_caption, captions))
     groups = tuple(prompt or id for prompt, id in zip(prompts, ids, strict=True))
     return Shown(
         str(folder),

@@ -73,6 +73,8 @@ class Settings(BaseModel):
 
         if not value or any(letter.isspace() for letter in value):
             raise ValueError("a placeholder is one word, such as <my-style>")
+        if value != value.lower():
+            raise ValueError(f"CLIP reads words in lower case: write {value.lower()}")
         if value in RESERVED:
             raise ValueError(
                 f"files of textual inversions have their own meaning for {value}; choose another, such as <my-style>"

@@ -33,6 +33,7 @@ def test_what_a_model_says_of_loras_does_not_concern_a_textual_inversion() -> No
         ("method=dreambooth, token=sks", "class_prompt"),
         ("method=textual_inversion, text_encoder=true", "text_encoder=false"),
         ("placeholder=two words", "is one word"),
+        ("placeholder=<Style>", "in lower case: write <style>"),
         ("steps=many", "steps: .*received 'many'"),
         ("alpha=inf", "alpha: .*finite number, received 'inf'"),
         ("clip=inf", "clip: .*finite number"),
