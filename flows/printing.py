@@ -60,10 +60,10 @@ def print_summary(summary: dict[str, Any]) -> None:
         rows.add("cost", escape(summary["cost"]))
     if summary.get("lift"):
         rows.add("lift", escape(summary["lift"]))
-    if summary["made_by"] or summary["with"]:
+    if summary.get("made_by") or summary.get("with"):
         champion = summary["made_by"]
         who = f"champion {champion.version} of {summary['dataset']}" if champion else "the model"
-        rows.add("made by", who + (f" with {summary['with']}" if summary["with"] else ", the base model"))
+        rows.add("made by", who + (f" with {escape(summary['with'])}" if summary["with"] else ", the base model"))
     rows.add("release", f"[bold]{summary['dataset']} v{summary['version']}[/]  {escape(summary['release'])}")
     rows.add("report", escape(summary["report"]))
     if learnt := summary.get("learnt"):

@@ -97,7 +97,7 @@ def test_what_cannot_be_traced_is_told_clearly(made: SyntheticRun, tmp_path: Pat
     Image.new("RGB", (32, 32), "pink").save(tmp_path / "foreign.png")
     (tmp_path / "text.png").write_text("no image")
     for wanted, message in {
-        "0123456789": "candidate id '0123456789' is not in Store",
+        "0123456789": "candidate id '0123456789' is not in store",
         "0123": "neither a candidate id",
         "no/such/file.png": "neither a candidate id",
         "0" * 33: "longer than a candidate id",
