@@ -34,6 +34,10 @@ def begin(parent: int, pid: Any, images: Any, ended: Any, environment: dict[str,
 def settle() -> None:
     """Before each task: Prefect has put the flow's environment over that of the worker."""
     os.environ.update(_environment)
+    # A script that imports torch is imported here before this is called, and torch looks at its environment then only: two
+    # processes of as many threads as there are cores wait for each other all the time.
+    if "torch" in sys.modules and "OMP_NUM_THREADS" in _environment:
+        sys.modules["torch"].set_num_threads(int(_environment["OMP_NUM_THREADS"]))
 
 
 def advance(images: int) -> bool:

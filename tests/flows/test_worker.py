@@ -50,3 +50,9 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_worker_keeps_to_its_threads_though_the_script_has_imported_torch():
+    """Else two workers on two cores, with two threads each, wait for each other: a tenth of the speed."""
+    told = subprocess.run([sys.executable, "-m", "tests.flows.threads"], cwd=ROOT, capture_output=True, text=True)
+    assert told.stdout.strip() == "1", told.stderr
