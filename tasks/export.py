@@ -71,7 +71,7 @@ def export(store: Store, named: str, folder: str | Path, format: str = "kohya") 
         written += _put(folder / name, image, named) or captioned
         sizes[row["width"], row["height"]] += 1
     if not (folder / DATASET_FILE).exists():  # who changed it since wants it as it is
-        _write(folder / DATASET_FILE, _dataset_toml(named, folder, sizes).encode())
+        write_whole(folder / DATASET_FILE, _dataset_toml(named, folder, sizes).encode())
     return Exported(named, folder, sizes.total(), written)
 
 
@@ -101,7 +101,7 @@ def _enter(folder: Path, facts: dict[str, str]) -> None:
         return
     if some := sorted(entry.name for entry in folder.iterdir())[:3]:
         raise ExportError(f"'{folder}' is not empty ({', '.join(some)}, …): name a new folder, or an empty one")
-    _write(folder / FACTS, (json.dumps(facts, indent=1) + "\n").encode())
+    write_whole(folder / FACTS, (json.dumps(facts, indent=1) + "\n").encode())
 
 
 def _facts(folder: Path) -> dict[str, str] | None:
@@ -129,7 +129,7 @@ def _put(path: Path, data: bytes, release: str) -> bool:
     try:
         there = path.read_bytes()
     except FileNotFoundError:
-        _write(path, data)
+        write_whole(path, data)
         return True
     if there != data:
         raise ExportError(
@@ -139,11 +139,14 @@ def _put(path: Path, data: bytes, release: str) -> bool:
     return False
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Write the file under another name, then rename it: it is there whole or not at all."""
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _dataset_toml(release: str, folder: Path, sizes: Counter[tuple[int, int]]) -> str:

@@ -1,7 +1,6 @@
 """A model learns from its lessons. What it learnt becomes an adapter of the store, with the facts of how it came about."""
 
 import difflib
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from tasks.adapters.cards import Facts, load_card, write_adapter
 from tasks.engines import Recipe
 from tasks.engines.models import ModelFolder, locate, model_digest
 from tasks.errors import DarkroomError
+from tasks.export import write_whole
 from tasks.lessons import Lessons, Safeguards, of_sources
 from tasks.release import check_name
 from tasks.runs import library_versions
@@ -207,11 +207,6 @@ def copy_files(store: Store, adapter: str, folder: str, name: str = "") -> list[
     copied = []
     for file in load_card(store, adapter)["files"]:
         path = place / f"{f'{name}-{adapter[:8]}' if name else adapter[:12]}-{Path(file['key']).name}"
-        growing = path.with_name(f".darkroom-{os.getpid()}-{Path(file['key']).name}")
-        try:  # whole or not at all
-            growing.write_bytes(store.read(file["key"], file["sha256"]))
-            growing.replace(path)
-        finally:
-            growing.unlink(missing_ok=True)
+        write_whole(path, store.read(file["key"], file["sha256"]))
         copied.append(str(path))
     return copied

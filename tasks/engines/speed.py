@@ -50,11 +50,12 @@ def set_compiled(pipeline: Any, compiled: bool) -> None:
         if not compiled:
             block._compiled_call_impl = None  # what `compile` sets, and has no method to take back
         elif block._compiled_call_impl is None:
-            _allow_many_shapes()
+            allow_many_shapes()
             block.compile(fullgraph=True, dynamic=False)
 
 
-def _allow_many_shapes() -> None:
+def allow_many_shapes() -> None:
+    """Have torch compile for as many shapes as one process may meet."""
     import torch
 
     config = torch._dynamo.config

@@ -97,6 +97,13 @@ def encode(pixels: "np.ndarray", facts: Facts, format: str = "png") -> bytes:
     return buffer.getvalue()
 
 
+def plain_png(pixels: "np.ndarray") -> bytes:
+    """A PNG file of `pixels` uint8 [h, w, 3] that says nothing about itself: of what is no candidate."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def parameters(facts: Facts) -> str:
     """The facts as AUTOMATIC1111 writes them: prompt, negative prompt, and a last line of named values."""
     values = {

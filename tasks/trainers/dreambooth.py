@@ -3,22 +3,17 @@
 The rest is a LoRA: the word stands in each caption, and the class's images count as Kohya's regularisation images do.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from accelerate import PartialState
-from PIL import Image
 
 from tasks.engines import EngineError, Order, Recipe, close_engine, open_engine
 from tasks.identity import digest
 from tasks.store import Store, layout
+from tasks.store.images import plain_png
 from tasks.trainers.pictures import Dataset, Picture, Subset
 from tasks.trainers.settings import Settings
-
-if TYPE_CHECKING:
-    import numpy as np
 
 BATCH = 8
 
@@ -60,7 +55,7 @@ def _class_pictures(store: Store, recipe: Recipe, settings: Settings) -> tuple[P
                     "dtype, such as bfloat16 or float32"
                 )
             for number, pixels in zip(some, images.pixels, strict=True):
-                store.create(keys[number], _png(pixels))
+                store.create(keys[number], plain_png(pixels))
         del engine
         close_engine()  # the model that learns needs its memory
     processes.wait_for_everyone()
@@ -69,9 +64,3 @@ def _class_pictures(store: Store, recipe: Recipe, settings: Settings) -> tuple[P
         return Picture(digest([place, number]), prompt, recipe.width, recipe.height, lambda: store.read(key))
 
     return tuple(picture(number, key) for number, key in enumerate(keys))
-
-
-def _png(pixels: "np.ndarray") -> bytes:
-    data = io.BytesIO()
-    Image.fromarray(pixels).save(data, "PNG")
-    return data.getvalue()

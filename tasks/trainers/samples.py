@@ -1,15 +1,14 @@
 """Images of a training's sample prompts, as its model is now: to look at, beside the loss."""
 
-import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from PIL import Image
 
 from tasks.engines.decoding import quantised
 from tasks.engines.samplers import build_sampler
 from tasks.store import Store
+from tasks.store.images import plain_png
 from tasks.trainers.seeds import mixed
 from tasks.trainers.settings import Settings
 from tasks.trainers.student import Student
@@ -23,7 +22,6 @@ def make(
     pipeline, defaults, multiple = student.pipeline, student.folder.defaults, student.folder.multiple
     width, height = (max(1, side // multiple) * multiple for side in size)
     made = []
-    own = pipeline.scheduler
     with _at_rest(student), torch.inference_mode():
         for number, prompt in enumerate(settings.samples):
             pipeline.scheduler = build_sampler(defaults.sampler, student.folder.scheduler)
@@ -36,11 +34,8 @@ def make(
                 height=height,
                 output_type="pt",
             ).images
-            data = io.BytesIO()
-            Image.fromarray(quantised(images)[0]).save(data, "PNG")
-            store.write(key(number), data.getvalue())
+            store.write(key(number), plain_png(quantised(images)[0]))
             made.append((prompt, key(number)))
-    pipeline.scheduler = own
     return tuple(made)
 
 

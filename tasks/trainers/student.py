@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.engines.decoding import Decoding
 from tasks.engines.diffusers import load_pipeline
 from tasks.engines.models import ModelFolder
-from tasks.engines.speed import MOST_SHAPES
+from tasks.engines.speed import allow_many_shapes
 from tasks.engines.texts import encode
 from tasks.trainers.batches import Item
 from tasks.trainers.losses import objective
@@ -67,9 +67,7 @@ class Student:
 
     def compile(self) -> None:
         """Have the denoiser compiled at its next call, and for each shape that follows."""
-        import torch
-
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
+        allow_many_shapes()
         self.denoiser.compile(dynamic=False)
 
     def spare_memory(self) -> None:
