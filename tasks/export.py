@@ -166,7 +166,7 @@ def _dataset_toml(release: str, folder: Path, sizes: Counter[tuple[int, int]]) -
     ]
     if len(sizes) > 1:
         lines += ["enable_bucket = true", "bucket_no_upscale = true"]
-        lines += [f"{name} = {value}" for name, value in bounds(list(sizes)).items()]
+        lines += [f"{name} = {value}" for name, value in bounds(list(sizes), (width, height)).items()]
     lines += [
         "",
         "[[datasets.subsets]]",

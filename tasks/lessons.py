@@ -332,7 +332,7 @@ def bucket_options(kept: pl.DataFrame, resolution: tuple[int, int]) -> dict[str,
     sizes = [(width, height) for width, height in kept.select("width", "height").unique().iter_rows()]
     if all(width * resolution[1] == height * resolution[0] for width, height in sizes):
         return {}
-    return {"enable_bucket": True, "bucket_no_upscale": True, **bounds([*sizes, resolution])}
+    return {"enable_bucket": True, "bucket_no_upscale": True, **bounds(sizes, resolution)}
 
 
 class _Parts:

@@ -32,13 +32,19 @@ def bucket_sizes(resolution: Size, least: int, most: int, steps: int) -> list[Si
     return sorted(sizes)
 
 
-def bounds(sizes: Sequence[Size]) -> dict[str, int]:
-    """Options of a dataset whose buckets hold pictures of these sizes as they are: Kohya's defaults, but for smaller pictures."""
-    sides = [side for size in sizes for side in size]
+def bounds(sizes: Sequence[Size], resolution: Size) -> dict[str, int]:
+    """Options of a dataset whose buckets hold pictures of these sizes as they are, or shrunk to the area of `resolution`: Kohya's
+    defaults, but for smaller pictures."""
+    sides = [side for size in (*sizes, resolution) for side in size]
+    steps = KOHYA_STEPS if min(sides) >= KOHYA_SIDES[0] else math.gcd(KOHYA_STEPS, *sides)
+    area = resolution[0] * resolution[1]
+    shrunk = [math.sqrt(area * min(size) / max(size)) for size in sizes if size[0] * size[1] > area]
+    while steps > min(shrunk, default=steps):  # the short side of a long picture must still hold a whole step
+        steps //= 2
     return {
         "min_bucket_reso": min(KOHYA_SIDES[0], *sides),
         "max_bucket_reso": max(KOHYA_SIDES[1], *sides),
-        "bucket_reso_steps": KOHYA_STEPS if min(sides) >= KOHYA_SIDES[0] else math.gcd(KOHYA_STEPS, *sides),
+        "bucket_reso_steps": steps,
     }
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tasks.adapters import write_adapter
@@ -183,6 +183,7 @@ def test_exported_images_are_recognised_as_what_they_are(store: Store) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=4), st.sampled_from([64, 128]))
+@example([(8, 16)], 64)
 def test_images_of_another_shape_keep_theirs(sizes: list[tuple[int, int]], side: int) -> None:
     """The buckets that a release's sizes are given hold each picture as it is, or shrunk to the area that is learnt at."""
     shapes = [(8 * width, 8 * height) for width, height in sizes]
