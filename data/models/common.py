@@ -114,3 +114,10 @@ def merge_json(path: Path, values: dict[str, Any]) -> None:
     """Write `values` over the keys of a JSON file, which may not exist yet."""
     old = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(old | values, indent=2) + "\n")
+
+
+def forget_folder(config: Path) -> None:
+    """Remove where diffusers read a model from, which it writes beside the weights: it says nothing of them, and is of this machine."""
+    values = json.loads(config.read_text())
+    values.pop("_name_or_path", None)
+    config.write_text(json.dumps(values, indent=2) + "\n")

@@ -27,6 +27,7 @@ from common import (
     Average,
     WallClock,
     fast_math,
+    forget_folder,
     merge_json,
     parameters,
     record,
@@ -230,6 +231,8 @@ def save_pipeline(model: Denoiser) -> None:
         requires_safety_checker=False,
     ).save_pretrained(DIFFUSION)
     save(tokenizer, DIFFUSION / "tokenizer")
+    for part in ("unet", "vae"):
+        forget_folder(DIFFUSION / part / "config.json")
     # transformers would load the text encoder as fp16 while diffusers loads the rest as fp32
     merge_json(DIFFUSION / "text_encoder" / "config.json", {"dtype": "float32"})
     # the defaults that Darkroom samples with where a run names none

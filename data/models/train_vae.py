@@ -13,7 +13,7 @@ import argparse
 import random
 
 import torch
-from common import DIFFUSION, WallClock, fast_math, record, set_rate, to_float
+from common import DIFFUSION, WallClock, fast_math, forget_folder, record, set_rate, to_float
 from diffusers import AutoencoderKL
 from torch import Tensor
 from world import all_scenes, render
@@ -113,6 +113,7 @@ def main() -> None:
     print(facts)
     record("vae", facts)
     vae.half().save_pretrained(DIFFUSION / "vae")
+    forget_folder(DIFFUSION / "vae" / "config.json")
 
 
 if __name__ == "__main__":
