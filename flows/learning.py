@@ -9,7 +9,7 @@ import logging
 from typing import Any
 
 from flows import gate_steps, steps
-from flows.decide import decide
+from flows.decide import check_gate, decide
 from flows.parameters import Exam, Generation, Learning, Scoring, Workers
 from flows.pools import Pool, WorkerDied, absolute, open_pool
 from flows.progress import Training, stop_training
@@ -92,6 +92,20 @@ def _wait(pool: Pool) -> Any:
         stop_training()
         raise
     return done.result
+
+
+def check_learning(generation: Generation, scoring: Scoring, learning: Learning) -> None:
+    """What a night would else find wrong only after its release. Raises DarkroomError."""
+    from tasks.kohya import read_toml
+    from tasks.learn import settings_for
+    from tasks.manifest_files import find_files
+
+    check_gate(scoring)
+    settings_for(generation.model, learning.options)
+    if learning.anchors:
+        read_toml(learning.anchors)
+    if learning.exam_manifest:
+        find_files(learning.exam_manifest)
 
 
 def hold_out(

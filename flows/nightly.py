@@ -14,9 +14,8 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows import attempts, gate_steps, steps
-from flows.decide import check_gate
 from flows.fanout import fan_out, mend_whole, whole
-from flows.learning import hold_out, in_short, learn_and_decide
+from flows.learning import check_learning, hold_out, in_short, learn_and_decide
 from flows.parameters import Budget, Exam, Generation, Learning, Policy, Scoring, Workers
 from flows.pools import check_workers, for_cluster, open_pool
 from tasks.accounting import in_words as cost_in_words
@@ -79,7 +78,7 @@ def nightly(
     if workers.runner == "ray":
         store, generation, scoring = for_cluster(store, generation, scoring, workers)
     if learn:
-        check_gate(scoring)
+        check_learning(generation, scoring, learning)
     edition = edition.replace("{date}", scheduled_date())
     adapters = resolve_all(generation.adapters, Store(store))
     base = default_recipe(generation.model, **generation.chosen(), adapters=adapters)

@@ -214,7 +214,9 @@ def run(
             raise typer.BadParameter(in_words(error)) from error
         _check_names(manifest, store, name, generation, scoring)
         if learn:
-            _check_learning(generation, scoring, learning)
+            from flows.learning import check_learning
+
+            check_learning(generation, scoring, learning)
         from flows.nightly import nightly  # Prefect takes seconds to start
 
         summary = run_flow(
@@ -251,18 +253,3 @@ def _check_names(manifest: str, store: str, name: str, generation: Any, scoring:
     scorer = fingerprint(scoring.scorer)
     if scoring.judge:
         check_judge(scorer, fingerprint(scoring.judge))
-
-
-def _check_learning(generation: Any, scoring: Any, learning: Any) -> None:
-    """Likewise for a run that learns. Raises DarkroomError."""
-    from flows.decide import check_gate
-    from tasks.kohya import read_toml
-    from tasks.learn import settings_for
-    from tasks.manifest_files import find_files
-
-    check_gate(scoring)
-    settings_for(generation.model, learning.options)
-    if learning.anchors:
-        read_toml(learning.anchors)
-    if learning.exam_manifest:
-        find_files(learning.exam_manifest)

@@ -4,14 +4,13 @@
 pipeline, and without loading anything from the headers of a model's files.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.adapters.errors import DoesNotFit, some
 from tasks.adapters.tensors import DOWN, TEXT, UP, Embeddings, Lora, Weights, canonical
-from tasks.engines import Recipe
+from tasks.engines import EngineError, Recipe
 
 if TYPE_CHECKING:
     from tasks.engines.models import ModelFolder
@@ -136,15 +135,21 @@ def shapes_of_folder(folder: "ModelFolder", components: list[str]) -> dict[str, 
         files = [file for file in folder.files() if file.parent.name == component and file.suffix == ".safetensors"]
         if not files:
             return None
-        tensors = {name: about["shape"] for file in files for name, about in _header(file).items() if "shape" in about}
         found[component] = {
-            canonical(f"{component}.{name.removesuffix('.weight')}").partition(".")[2]: tuple(shape)
-            for name, shape in tensors.items()
+            canonical(f"{component}.{name.removesuffix('.weight')}").partition(".")[2]: shape
+            for file in files
+            for name, shape in _shapes(file)
             if name.endswith(".weight") and len(shape) >= 2
         }
     return found
 
 
-def _header(file: Path) -> dict[str, Any]:
-    with file.open("rb") as opened:
-        return dict(json.loads(opened.read(int.from_bytes(opened.read(8), "little"))))
+def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The tensors of a safetensors file, of which only the header is read. Raises EngineError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "numpy") as opened:
+            yield from ((name, tuple(opened.get_slice(name).get_shape())) for name in opened.keys())  # noqa: SIM118  (no dict)
+    except (OSError, SafetensorError) as error:
+        raise EngineError(f"{file} is not a whole safetensors file ({error}): copy the model again") from error

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tasks.trainers.buckets import BucketError
-from tasks.trainers.errors import Diverged, PictureError, TrainingError
+from tasks.trainers.errors import Diverged, NoTarget, PictureError, TrainingError
 from tasks.trainers.pictures import Dataset
 from tasks.trainers.settings import SPEED_AND_SAFETY, Settings
 
@@ -101,7 +101,9 @@ def _train(
 
 
 def check_fits(settings: Settings, folder: "ModelFolder") -> None:
-    """Raises TrainingError: a model of this kind cannot learn like that. Reads configurations only."""
+    """Raises TrainingError: a model of this kind cannot learn like that. Reads configurations and headers of files only."""
+    from tasks.adapters.fitting import shapes_of_folder
+
     if settings.method == "textual_inversion" and folder.pipeline not in READ_BY_CLIP:
         raise TrainingError(
             f"{folder.path} is a {folder.pipeline}, whose prompts are read by more than CLIP: a textual inversion can be learnt by "
@@ -111,6 +113,11 @@ def check_fits(settings: Settings, folder: "ModelFolder") -> None:
         raise TrainingError(
             "min_snr_gamma is for models with a noise schedule, and this one is trained by flow matching: leave it 0"
         )
+    denoiser = "unet" if "unet" in folder.index else "transformer"
+    modules = shapes_of_folder(folder, [denoiser])
+    # where files tell of no modules, whoever loads them does
+    if settings.method != "textual_inversion" and modules and not any(map(settings.aims_at, modules[denoiser])):
+        raise NoTarget(settings.targets, denoiser, folder.path)
 
 
 def training_id(base_digest: str, datasets: Sequence[Dataset], settings: Settings, dtype: str) -> str:

@@ -7,19 +7,15 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 from tasks.adapters import Lora
-from tasks.trainers.errors import TrainingError
-from tasks.trainers.settings import Settings
+from tasks.trainers.errors import NoTarget
+from tasks.trainers.settings import ATTENTION, TEXT_ATTENTION, Settings
 from tasks.trainers.student import Student
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-# CLIP's; a denoiser that pools texts has modules of these names, too, which are none of its attention to the image
-TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
-WITHIN_BLOCKS = re.compile(r"(^|\.)(\w*blocks?|layers)\.")
 NAME = "learnt"  # what PEFT calls it
 
 
 class LoraLearner:
-    """A LoRA on the student, its matrices in float32. Raises TrainingError: the targets fit no module."""
+    """A LoRA on the student, its matrices in float32. Raises NoTarget."""
 
     trigger = ""
 
@@ -35,10 +31,7 @@ class LoraLearner:
             for component, module in self._components.items():
                 self._inject(component, module)
         if not any(module.startswith(student.denoiser_name) for module in self.layers):
-            raise TrainingError(
-                f"targets '{settings.targets}' fit no module of the {student.denoiser_name} of {student.folder.path}: give attention, "
-                "wide, or ends of names, such as to_q, to_v"
-            )
+            raise NoTarget(settings.targets, student.denoiser_name, student.folder.path)
         for module in self._components.values():
             module.train()
 
@@ -67,7 +60,9 @@ class LoraLearner:
 
     def _inject(self, component: str, module: Any) -> None:
         attention = TEXT_ATTENTION if component.startswith("text_encoder") else ATTENTION
-        targets = [path for path, inner in module.named_modules() if self._is_target(path, inner, attention)]
+        kinds = (torch.nn.Linear, torch.nn.Conv2d)
+        able = [path for path, inner in module.named_modules() if isinstance(inner, kinds)]
+        targets = [path for path in able if self._settings.aims_at(path, attention)]
         if not targets:
             return
         config = LoraConfig(
@@ -82,17 +77,6 @@ class LoraLearner:
             layer.lora_A.to(torch.float32)
             layer.lora_B.to(torch.float32)
             self.layers[f"{component}.{path}"] = layer
-
-    def _is_target(self, path: str, module: Any, attention: tuple[str, ...]) -> bool:
-        if not isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
-            return False
-        match self._settings.targets:
-            case "attention":
-                return path.endswith(attention)
-            case "wide":
-                return bool(WITHIN_BLOCKS.search(path))
-        ends = [end.strip() for end in self._settings.targets.split(",") if end.strip()]
-        return any(path == end or path.endswith(f".{end}") for end in ends)
 
 
 def with_word(text: str, word: str) -> str:

@@ -1,5 +1,6 @@
 """How a training is done: what a person may choose. All of it decides the weights, but for what is said to have no part in them."""
 
+import re
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -7,6 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 # a textual inversion has none of these
 LORA_ALONE = ("rank", "alpha", "targets", "dropout", "text_encoder", "text_learning_rate")
 SPEED_AND_SAFETY = ("checkpoint_every", "sample_prompts")  # have no part in the weights
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+# CLIP's; a denoiser that pools texts has modules of these names, too, which are none of its attention to the image
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+WITHIN_BLOCKS = re.compile(r"(^|\.)(\w*blocks?|layers)\.")
 
 
 class Settings(BaseModel):
@@ -101,6 +107,16 @@ class Settings(BaseModel):
     @property
     def samples(self) -> list[str]:
         return [prompt.strip() for prompt in self.sample_prompts.split("|") if prompt.strip()]
+
+    def aims_at(self, path: str, attention: tuple[str, ...] = ATTENTION) -> bool:
+        """Whether a linear module or convolution is one of the targets, by its path within its component."""
+        match self.targets:
+            case "attention":
+                return path.endswith(attention)
+            case "wide":
+                return bool(WITHIN_BLOCKS.search(path))
+        ends = [end.strip() for end in self.targets.split(",") if end.strip()]
+        return any(path == end or path.endswith(f".{end}") for end in ends)
 
     def rate(self, step: int) -> float:
         """What the learning rates are multiplied by at a step, from 0."""

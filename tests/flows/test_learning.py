@@ -16,6 +16,7 @@ from flows.parameters import Exam, Generation, Learning, Policy, Scoring
 from tasks.adapters import load_card, read_adapter
 from tasks.champions import crown, current
 from tasks.duel import DuelError
+from tasks.errors import DarkroomError
 from tasks.exam import ExamTooSmall, is_held_out
 from tasks.store import Store, layout
 from tasks.trace import trace
@@ -145,6 +146,14 @@ def test_what_cannot_be_decided_is_told_before_anything_is_made(
         night(store, manifest, exam=Exam())
     with pytest.raises(DuelError, match="--judge"):
         night(store, manifest, scoring=Scoring(scorer=SCORER))
+    for learning, told in {
+        Learning(options="targets=to_z"): "targets 'to_z' fit no module of the unet",
+        Learning(options="ranks=4"): "did you mean rank",
+        Learning(anchors=str(tmp_path / "none.toml")): "none.toml",
+        Learning(exam_manifest=str(tmp_path / "none.parquet")): "none.parquet",
+    }.items():
+        with pytest.raises(DarkroomError, match=told):
+            night(store, manifest, learning=learning)
     assert store.list(layout.CANDIDATES) == []
 
 

@@ -1,7 +1,14 @@
+from pathlib import Path
+
 import pytest
 
+from tasks.adapters.fitting import modules, shapes_of_folder
+from tasks.engines import EngineError
+from tasks.engines.diffusers import load_pipeline
+from tasks.engines.models import ModelFolder
 from tasks.learn import SettingsError, settings_for
-from tasks.trainers import Settings
+from tasks.trainers import Settings, TrainingError, check_fits
+from tests.tiny_pipelines import TINY
 
 MODEL = "data/models/tiny-sd"
 
@@ -56,3 +63,27 @@ def test_the_rate_rises_and_falls_as_asked() -> None:
     cosine = Settings(steps=101, schedule="cosine")
     assert cosine.rate(0) == 1.0 and cosine.rate(50) == pytest.approx(0.508, abs=0.001)
     assert Settings(steps=5, warmup=1000).rate(4) == 1.0  # a short training is not all warmup
+
+
+@pytest.mark.parametrize("shape", ["sd15", "sdxl", "sd3", "flux"])
+def test_targets_are_known_from_a_models_files_before_it_is_loaded(shape: str, tmp_path: Path) -> None:
+    folder = ModelFolder(TINY[shape](tmp_path))
+    for targets in ("attention", "wide", "to_q, to_v"):
+        check_fits(Settings(targets=targets), folder)
+    denoiser = "unet" if "unet" in folder.index else "transformer"
+    there = modules(load_pipeline(folder, "float32"), denoiser)
+    told = shapes_of_folder(folder, [denoiser])
+    assert told and there.keys() <= told[denoiser].keys()
+    for name in ("to_z", "o_q", ""):
+        with pytest.raises(TrainingError, match=f"targets '{name}' fit no module of the {denoiser}.*ends of names"):
+            check_fits(Settings(targets=name), folder)
+
+
+def test_a_torn_file_of_a_model_is_named(tmp_path: Path) -> None:
+    folder = ModelFolder(TINY["sd15"](tmp_path))
+    weights = folder.path / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(
+        EngineError, match=r"unet/diffusion_pytorch_model.safetensors is not a whole .*copy the model again"
+    ):
+        check_fits(Settings(), folder)
