@@ -89,8 +89,19 @@ def standing(store: Store, name: str, edition: str) -> Champion | None:
     if not store.exists(key):
         now = current(store, name)
         store.create(key, json.dumps({"edition": edition, "version": now.version if now else 0}).encode())
-    version = store.read_json(key)["version"]
+    version = begun_with(store, key)
     return _load(store, name, version) if version else None
+
+
+def begun_with(store: Store, key: str) -> int:
+    """The champion (0: the base model) that a record of a night (`layout.champion_begun`) names. Raises Missing, CorruptObject."""
+    match store.read_json(key):
+        case {"version": int(version)} if version >= 0:
+            return version
+        case found:
+            raise CorruptObject(
+                f"{store.uri(key)} does not say which champion a night began with: {found!r:.100}", RESTORE
+            )
 
 
 def names(store: Store) -> list[str]:

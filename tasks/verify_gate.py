@@ -6,7 +6,7 @@ import polars as pl
 
 from tasks import tables
 from tasks.adapters import load_card
-from tasks.champions import Champion, history, names
+from tasks.champions import Champion, begun_with, history, names
 from tasks.duel_rules import by_prompt
 from tasks.identity import digest, sha256
 from tasks.store import Store, layout, snapshots
@@ -33,7 +33,7 @@ def check_champions(store: Store, report: "Report") -> None:
                 _check_champion(store, champion, champions[:number], report)
         for key in store.list(f"{folder}/begun"):
             with report.about(key, RESTORE):
-                version = store.read_json(key)["version"]
+                version = begun_with(store, key)
                 if version and version not in versions:
                     report.say(key, f"names champion {version}, which '{name}' has not", RESTORE)
 

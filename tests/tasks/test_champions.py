@@ -21,6 +21,7 @@ from tasks.champions import (
     worn,
 )
 from tasks.engines import Recipe
+from tasks.identity import digest
 from tasks.release import ReleaseError
 from tasks.store import CorruptObject, Store, layout
 from tests.synthetic_run import RECIPE
@@ -170,6 +171,10 @@ def test_a_night_keeps_the_champion_it_began_with(store: Store) -> None:
     assert standing(store, "demo", "2026-11-25") == first
     assert standing(store, "demo", "2026-11-26/with: any text") == second
     assert history(store, "demo") == [first, second]
+    (key,) = [key for key in store.list("champions/demo/begun") if key.endswith(f"{digest('2026-11-25')}.json")]
+    store.write(key, b"[]")
+    with pytest.raises(CorruptObject, match=r"begun/.* does not say which champion.*\[\]; restore it"):
+        standing(store, "demo", "2026-11-25")
 
 
 def test_what_was_crowned_and_rolled_back_does_not_pass_for_the_champion(store: Store) -> None:

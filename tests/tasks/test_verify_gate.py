@@ -165,6 +165,13 @@ def a_night_began_with_nobody(made: PaintedDuel) -> str:
     return key
 
 
+@damage
+def a_night_began_with_no_record(made: PaintedDuel) -> str:
+    [key] = made.store.list("champions/demo/begun")
+    made.store.write(key, b"[]")
+    return key
+
+
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_found_where_it_is_and_says_what_to_do(crowned: PaintedDuel, name: str) -> None:
     key = DAMAGE[name](crowned)
