@@ -164,11 +164,11 @@ def _lora(tensors: "dict[str, torch.Tensor]", configuration: dict[str, Any]) -> 
         if not found or not parts:
             strange.append(key)
         elif found["alpha"] is not None:
-            alphas |= dict.fromkeys((module for module, _ in parts), _number(key, tensor))
+            _put(alphas, dict.fromkeys((module for module, _ in parts), _number(key, tensor)), key)
         elif found["down"] is not None or found["processor_down"] is not None:
-            downs |= {module: matrix(key, tensor) for module, _ in parts}
+            _put(downs, {module: matrix(key, tensor) for module, _ in parts}, key)
         else:
-            ups |= {module: tensor[rows] for module, rows in pieces(parts, len(matrix(key, tensor)))}
+            _put(ups, {module: tensor[rows] for module, rows in pieces(parts, len(matrix(key, tensor)))}, key)
     if strange:
         raise NotAnAdapter(_strange(strange, len(tensors)))
     if bare := sorted(alphas.keys() - downs.keys() - ups.keys()):
@@ -184,6 +184,15 @@ def _lora(tensors: "dict[str, torch.Tensor]", configuration: dict[str, Any]) -> 
         },
         {module: alphas.get(module, _alpha(configuration, module, downs[module].shape[0])) for module in whole},
     )
+
+
+def _put(there: dict[str, Any], more: dict[str, Any], key: str) -> None:
+    """Raises NotAnAdapter: the file has the same of a module under another key already, and which one is meant nobody knows."""
+    if twice := sorted(there.keys() & more.keys()):
+        raise NotAnAdapter(
+            f"{key} is of {some(twice)}, as another of its tensors is: two LoRAs were put into one file; take them apart, and wear both"
+        )
+    there.update(more)
 
 
 def _name(found: re.Match[str]) -> str:

@@ -70,6 +70,20 @@ def test_an_alpha_without_weights_is_not_dropped(tmp_path: Path) -> None:
         read_adapter(tmp_path / "a.safetensors")
 
 
+def test_a_module_that_is_there_twice_is_not_read_half(tmp_path: Path) -> None:
+    """As two tools name it: the later of the two would be worn in silence, or halves of both."""
+    tensors = {f"{MODULE}.lora_down.weight": torch.ones(2, 6), f"{MODULE}.lora_up.weight": torch.ones(5, 2)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    (module,) = read_adapter(tmp_path / "a.safetensors").modules
+    for again in (f"{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"):
+        like = tensors[f"{MODULE}.lora_{'down' if 'A' in again else 'up'}.weight"].clone()
+        save_file({**tensors, again: like}, tmp_path / "a.safetensors")
+        with pytest.raises(
+            NotAnAdapter, match=r"weight is of unet\..*, as another of its tensors is: .*take them apart"
+        ):
+            read_adapter(tmp_path / "a.safetensors")
+
+
 @pytest.mark.parametrize(
     ("configuration", "said"),
     [
