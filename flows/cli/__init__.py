@@ -5,6 +5,7 @@ import typer
 from flows.cli.evaluating import evaluate
 from flows.cli.exporting import export
 from flows.cli.gating import champion, promote
+from flows.cli.help import FormCommand
 from flows.cli.results import calibrate, diff, reselect, trace, verify
 from flows.cli.running import run
 from flows.cli.training import train
@@ -20,6 +21,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in COMMANDS:
-    app.command()(command)
+    app.command(cls=FormCommand)(command)
 for name, group in GROUPS.items():
     app.add_typer(group, name=name)

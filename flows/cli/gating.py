@@ -55,12 +55,10 @@ def promote(
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; else by the device.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per call of the model.")] = None,
     shard_size: Annotated[int | None, typer.Option(help="Images per task.")] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Worker processes; else one for each GPU, and without a GPU none.")
-    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes.")] = None,
     on_bad_rows: Annotated[
         Literal["fail", "quarantine"], typer.Option(help="What to do with a bad row of the manifest.")
     ] = "fail",

@@ -73,7 +73,7 @@ def run(
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; else by the device.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     guidance_until: Annotated[float | None, typer.Option(help="Share of the steps that are guided: faster.")] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="Compile the model's blocks: for large runs.")] = False,
     attention: Annotated[str | None, typer.Option(help="Kernel for Flux's attention, by diffusers' name.")] = None,
@@ -113,19 +113,17 @@ def run(
         ),
     ] = False,
     option: SettingOption = None,
-    releases: Annotated[int | None, typer.Option(help="Learn from the latest so many releases; else from all.")] = None,
+    releases: Annotated[int | None, typer.Option(help="Learn from the latest so many releases.")] = None,
     held_out: HeldOutOption = None,
     exam: ExamOption = None,
     anchors: AnchorsOption = None,
     anchor_share: AnchorShareOption = None,
     most_generations: MostGenerationsOption = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Worker processes; else one for each GPU, and without a GPU none.")
-    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes.")] = None,
     runner: Annotated[
         Literal["local", "ray"], typer.Option(help="local: on this machine; ray: on an existing Ray cluster.")
     ] = "local",
-    address: Annotated[str | None, typer.Option(help="Of the Ray cluster, host:port; else RAY_ADDRESS.")] = None,
+    address: Annotated[str | None, typer.Option(help="Of the Ray cluster, host:port.")] = None,
     gpus: Annotated[
         float | None, typer.Option(help="Ray: share of a GPU that a worker holds; 0: a CPU instead.")
     ] = None,

@@ -40,7 +40,11 @@ DuplicateBitsOption = Annotated[
 # how a model learns
 SettingOption = Annotated[
     list[str] | None,
-    typer.Option("--option", "-o", help="Setting of the training, name=value, such as rank=8. May be repeated."),
+    typer.Option(
+        "--option",
+        "-o",
+        help="Setting of the training, such as rank=8; `darkroom train --help` lists them. May be repeated.",
+    ),
 ]
 HeldOutOption = Annotated[
     float | None, typer.Option(help="Share of the prompts that is never learnt from, for the gate to ask.")

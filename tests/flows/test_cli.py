@@ -1,16 +1,20 @@
-"""What the command line says of options that cannot be."""
+"""What the command line says of its options, and of those that cannot be."""
 
 from pathlib import Path
 
 import pytest
 import typer
 from pydantic import ValidationError
+from typer.core import TyperOption
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from flows.cli import app
+from flows.cli.help import FORMS, field_of
 from flows.cli.shared import in_words, learning_fields
 from flows.parameters import Generation, Policy
 from tasks.learn import settings_for
+from tasks.trainers import Settings
 from tests.flows.conftest import MODEL
 
 
@@ -19,6 +23,40 @@ def refused(*command: str) -> str:
     result = CliRunner().invoke(app, command)
     assert result.exit_code in (1, 2) and isinstance(result.exception, SystemExit), result.exception
     return " ".join(result.output.replace("│", " ").split())
+
+
+def helped(command: str) -> str:
+    """What its --help says, in one line."""
+    result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.replace("│", " ").split())
+
+
+def test_the_help_of_run_tells_what_is_taken_where_nothing_is_given():
+    told = helped("run")
+    assert f"Images to make per prompt. [default: ({Generation().candidates})]" in told
+    assert "Sampling steps. [default: (the model's own)]" in told
+    assert f"Rejection rate, exact: 0.6 or 3/5. [default: ({Policy().reject})]" in told
+    assert "Candidates in all rounds, at most. [default: (no limit)]" in told
+    assert told.index("─ Policy") < told.index("--reject") < told.index("─ Generation") < told.index("--candidates")
+    assert helped("run") == told
+
+
+def test_every_option_that_sets_a_form_stands_in_its_panel():
+    own = {"store", "name", "on_bad_rows", "edition", "verbose"}
+    for command, forms in FORMS.items():
+        options = [param.name for param in get_command(app).commands[command].params if isinstance(param, TyperOption)]
+        found = {option: field_of(option, command) for option in options}
+        assert {form for form, field in found.values() if field} == set(forms)
+        if command == "run":
+            assert {option for option, (_, field) in found.items() if not field} == own
+
+
+def test_the_help_of_train_lists_all_settings():
+    told = helped("train")
+    for name, field in Settings.model_fields.items():
+        assert f" {name} {field.description or ''}".strip() in told
+    assert "learning_rate [default: 0.0001]" in told
 
 
 def test_options_that_contradict_each_other_are_told_in_one_sentence():
