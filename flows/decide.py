@@ -49,8 +49,9 @@ def decide(
 
     `recipe` is the base model's; both sides are it, with what they wear. The decision is stored, whoever wins. Call it inside a flow.
     Returns what `gate_steps.summary` says. Raises ChampionError (ChampionChanged, too, where it was crowned once and does not stand
-    any more), DuelError, LiftError, and what making images may raise.
+    any more), ChangesNothing (no prompt has the word it taught), DuelError, LiftError, and what making images may raise.
     """
+    from tasks.adapters.words import check_words
     from tasks.scorers.openclip import fingerprint
 
     started = time.monotonic()
@@ -61,6 +62,7 @@ def decide(
         return gate_steps.summary(
             store, name, challenger, before, crowned=champion, already=True, seconds=time.monotonic() - started
         )
+    check_words(Store(store), prompts, [challenger])
     judge = fingerprint(scoring.judge)
     duel = Duel(defended, attacking, prompts, judge, fingerprint(scoring.scorer), exam, generation.batch_size)
     made = 0

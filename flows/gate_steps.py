@@ -43,16 +43,25 @@ def not_to_be_learnt(store: Store, exam: str | None, share: float) -> "pl.Expr":
 
 
 @step(name="champion")
-def champion(store: str, name: str, night: str, recipe: Recipe) -> tuple[Champion | None, Recipe]:
+def champion(
+    store: str, name: str, night: str, recipe: Recipe, manifest: ManifestRef
+) -> tuple[Champion | None, Recipe]:
     """Who makes the images of a night, which is who stood when it was begun, and the recipe with what that champion wears.
 
     Raises ChampionError.
     """
+    from tasks.adapters import ChangesNothing
+    from tasks.adapters.words import check_words
     from tasks.champions import standing, worn
 
     place = Store(store)
     stands = standing(place, name, night)
-    return stands, worn(place, recipe, stands)
+    dressed = worn(place, recipe, stands)
+    try:
+        check_words(place, manifest, dressed.adapters[len(recipe.adapters) :])
+    except ChangesNothing as error:  # it won where prompts say its word
+        log.warning("the champion of '%s' makes no difference to this manifest: %s", name, error)
+    return stands, dressed
 
 
 @step(name="resolve")

@@ -111,10 +111,23 @@ def check_learning(generation: Generation, scoring: Scoring, learning: Learning)
 def hold_out(
     store: str, whole: ManifestRef, learning: Learning, exam: Exam, generation: Generation, scoring: Scoring
 ) -> ManifestRef:
-    """The prompts the gate will ask, before anything is made: those of a manifest of their own, or a share. Raises ExamTooSmall."""
+    """The prompts the gate will ask, before anything is made: those of a manifest of their own, or a share.
+
+    Raises ExamTooSmall, ChangesNothing (a word is to be learnt that none of them has).
+    """
+    from tasks.adapters.words import is_said
+    from tasks.learn import settings_for
+
     if learning.exam_manifest:
         whole = steps.ingest(store, learning.exam_manifest, generation.model, scoring.judge, "fail")
-    return gate_steps.hold_out(store, whole, 1.0 if learning.exam_manifest else learning.held_out, exam)
+    held_out = gate_steps.hold_out(store, whole, 1.0 if learning.exam_manifest else learning.held_out, exam)
+    settings = settings_for(generation.model, learning.options)
+    if settings.method == "textual_inversion" and not is_said(Store(store), held_out, settings.placeholder):
+        raise ChangesNothing(
+            f"the night is to learn the word '{settings.placeholder}', and none of the gate's {held_out.prompts} prompts has it: no "
+            "image would change. Write it into prompts, name a manifest that has it (--exam), or learn a LoRA (-o method=lora)"
+        )
+    return held_out
 
 
 def learn_and_decide(

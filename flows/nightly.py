@@ -92,7 +92,7 @@ def nightly(
     check_words(Store(store), snapshot, adapters)
     held_out = hold_out(store, snapshot, learning, exam, generation, scoring) if learn else None
     night = f"{edition} of manifest {snapshot.sha256} by recipe {base.recipe_id}"
-    champion, recipe = gate_steps.champion(store, name, night, base) if generation.champion else (None, base)
+    champion, recipe = gate_steps.champion(store, name, night, base, snapshot) if generation.champion else (None, base)
     run = steps.open_run(
         store,
         {

@@ -13,7 +13,7 @@ from world import all_scenes, caption
 from flows.cli import app
 from flows.nightly import nightly
 from flows.parameters import Exam, Generation, Learning, Policy, Scoring
-from tasks.adapters import load_card, read_adapter
+from tasks.adapters import ChangesNothing, load_card, read_adapter
 from tasks.champions import crown, current
 from tasks.duel import DuelError
 from tasks.errors import DarkroomError
@@ -154,6 +154,10 @@ def test_what_cannot_be_decided_is_told_before_anything_is_made(
     }.items():
         with pytest.raises(DarkroomError, match=told):
             night(store, manifest, learning=learning)
+    with pytest.raises(ChangesNothing, match=r"learn the word '<new>', and none of the gate's .*--exam"):
+        night(
+            store, manifest, learning=Learning(options="method=textual_inversion", held_out=0.3), exam=Exam(prompts=2)
+        )
     assert store.list(layout.CANDIDATES) == []
 
 

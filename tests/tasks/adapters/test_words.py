@@ -6,11 +6,13 @@ import polars as pl
 import pytest
 import torch
 
-from flows import steps
+from flows import gate_steps, steps
 from flows.nightly import nightly
 from flows.parameters import Generation, Scoring
 from tasks.adapters import ChangesNothing, Embeddings, resolve_all, write_adapter
 from tasks.adapters.words import check_words
+from tasks.champions import crown
+from tasks.engines.models import default_recipe
 from tasks.ingest import ingest
 from tasks.store import Store
 from tests.tasks.adapters.loras import facts, small_lora
@@ -59,3 +61,20 @@ def test_a_night_with_it_makes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ChangesNothing, match=r"Write it into prompts \(a picture in the style of <c1>\)"):
         nightly.fn(manifest(tmp_path, "a blue square"), str(tmp_path / "store"), generation=generation, scoring=scoring)
     assert not store.list("runs/")
+
+
+def test_a_champion_that_makes_no_difference_to_a_night_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It won where prompts had its word, and the night is made all the same."""
+    store = Store(tmp_path / "store")
+    recipe = default_recipe(str(MODELS / "tiny-sd"))
+    about = facts(kind="textual_inversion", trigger="<c1>", base_digest=recipe.model_digest)
+    taught = write_adapter(store, Embeddings({"<c1>": [torch.ones(1, 128)]}), about)
+    crown(store, "demo", taught, base_digest=recipe.model_digest, why="by hand")
+    for prompt, told in ("a <C1> square", False), ("a square", True):
+        caplog.clear()
+        snapshot = ingest(manifest(tmp_path, prompt), store)
+        champion, worn = gate_steps.champion.fn(store.url, "demo", prompt, recipe, snapshot)
+        assert champion and [one.digest for one in worn.adapters] == [taught]
+        assert ("champion of 'demo' makes no difference" in caplog.text) == told
