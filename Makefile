@@ -4,6 +4,7 @@
 PYTHON ?= python3.11
 BIN    := .venv/bin
 STORE  ?= out/store
+JOBS   ?= 2
 
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export DO_NOT_TRACK = 1
@@ -35,8 +36,8 @@ check: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-unit: .venv/.installed-dev  ## PYTEST="-m 'not slow'" leaves the long ones out
-	$(BIN)/python -m pytest -q $(PYTEST)
+unit: .venv/.installed-dev  ## files of tests, JOBS at a time; PYTEST="-m 'not slow'" leaves the long ones out
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 serve: install  ## server, work pool, worker and deployments on this machine; Ctrl-C stops them all
 	PATH="$(CURDIR)/$(BIN):$$PATH" deployments/serve.sh
