@@ -1,4 +1,4 @@
-"""A few kills of every kind, at random moments, by the same script that provokes many of them for RESULTS.md."""
+"""A kill of every kind or two, at random moments, by the same script that provokes many of them for RESULTS.md."""
 
 import json
 import os
@@ -17,7 +17,7 @@ KINDS = {"flow", "worker", "flow+workers", "store", "proxy", "two runs"}
 @pytest.mark.timeout(1500)
 def test_every_kind_of_fault_ends_in_the_undisturbed_release(prefect_api: str, tmp_path: Path):
     environment = {**os.environ, "PREFECT_API_URL": prefect_api, "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "benchmarks/chaos.py", "--kills", "12", "--seconds", "1200"]
+    command = [sys.executable, "benchmarks/chaos.py", "--kills", "6", "--seconds", "1200"]
     chaos = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert chaos.returncode == 0, chaos.stdout[-5000:] + chaos.stderr[-5000:]
     figures = json.loads(chaos.stdout.splitlines()[-1])
