@@ -143,6 +143,11 @@ class ModelFolder:
         return not self.family.negative
 
     @property
+    def denoiser(self) -> str:
+        """The component that predicts: unet or transformer."""
+        return "unet" if "unet" in self.index else "transformer"
+
+    @property
     def _vae_factor(self) -> int:
         """Pixels a latent cell is wide: each level of the VAE but the last halves the image."""
         return 2 ** (len(self.config("vae/config.json")["block_out_channels"]) - 1)

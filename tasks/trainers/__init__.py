@@ -113,11 +113,10 @@ def check_fits(settings: Settings, folder: "ModelFolder") -> None:
         raise TrainingError(
             "min_snr_gamma is for models with a noise schedule, and this one is trained by flow matching: leave it 0"
         )
-    denoiser = "unet" if "unet" in folder.index else "transformer"
-    modules = shapes_of_folder(folder, [denoiser])
+    modules = shapes_of_folder(folder, [folder.denoiser])
     # where files tell of no modules, whoever loads them does
-    if settings.method != "textual_inversion" and modules and not any(map(settings.aims_at, modules[denoiser])):
-        raise NoTarget(settings.targets, denoiser, folder.path)
+    if settings.method != "textual_inversion" and modules and not any(map(settings.aims_at, modules[folder.denoiser])):
+        raise NoTarget(settings.targets, folder.denoiser, folder.path)
 
 
 def training_id(base_digest: str, datasets: Sequence[Dataset], settings: Settings, dtype: str) -> str:

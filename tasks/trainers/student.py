@@ -46,7 +46,7 @@ class Student:
         Decoding(self.pipeline)  # of samples, in the VAE's own precision
         self.device: torch.device = self.pipeline.device  # asked once: diffusers looks through all modules for it
         self.objective = objective(folder.scheduler, str(folder.path))
-        self.denoiser_name = "unet" if "unet" in folder.index else "transformer"
+        self.denoiser_name = folder.denoiser
         self.denoiser = getattr(self.pipeline, self.denoiser_name)
         for name in folder.components:
             if hasattr(module := getattr(self.pipeline, name), "requires_grad_"):

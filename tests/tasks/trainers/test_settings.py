@@ -70,7 +70,7 @@ def test_targets_are_known_from_a_models_files_before_it_is_loaded(shape: str, t
     folder = ModelFolder(TINY[shape](tmp_path))
     for targets in ("attention", "wide", "to_q, to_v"):
         check_fits(Settings(targets=targets), folder)
-    denoiser = "unet" if "unet" in folder.index else "transformer"
+    denoiser = folder.denoiser
     there = modules(load_pipeline(folder, "float32"), denoiser)
     told = shapes_of_folder(folder, [denoiser])
     assert told and there.keys() <= told[denoiser].keys()
