@@ -3,10 +3,6 @@
 import re
 from typing import Any, get_args
 
-from rich.console import Console
-from rich.markup import escape
-from rich.panel import Panel
-from rich.table import Table
 from typer.core import TyperCommand, TyperOption
 
 # the forms (flows/parameters.py) whose fields a command's options set
@@ -70,6 +66,11 @@ def default_in_words(field: Any) -> str:
 
 def _print_settings() -> None:
     """What `--option` may set."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.panel import Panel
+    from rich.table import Table
+
     from tasks.trainers import Settings
 
     table = Table.grid(padding=(0, 2))
