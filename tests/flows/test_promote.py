@@ -6,14 +6,13 @@ from typing import Any
 
 import polars as pl
 import pytest
-import torch
 from typer.testing import CliRunner
 from world import all_scenes, caption
 
 from flows.cli import app
 from flows.parameters import Exam, Generation, Scoring
 from flows.promote import promote
-from tasks.adapters import ChangesNothing, Embeddings, write_adapter
+from tasks.adapters import ChangesNothing, write_adapter
 from tasks.champions import Champion, ChampionChanged, crown, current, history, roll_back
 from tasks.exam import ExamTooSmall
 from tasks.lift import LiftError
@@ -21,7 +20,7 @@ from tasks.store import Store, layout
 from tasks.verify import verify
 from tests.flows.conftest import JUDGE, MODEL, SCORER
 from tests.random_lora import base_digest, random_lora
-from tests.tasks.adapters.loras import facts
+from tests.tasks.adapters.loras import learned
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 FEW = Exam(images=2, copies=0.9)  # beside noise, any images of one prompt are alike
@@ -53,12 +52,6 @@ def challenge(store: Store, challenger: str, exam: str, **changes: Any) -> dict[
         exam=changes.pop("settings", FEW),
         **changes,
     )
-
-
-def word(store: Store, token: str) -> str:
-    """An adapter of the store that taught a word."""
-    about = facts(kind="textual_inversion", base_digest=base_digest(), trigger=token)
-    return write_adapter(store, Embeddings({token: [torch.ones(1, 128)]}), about)
 
 
 def test_who_is_worse_is_refused_and_who_is_better_is_crowned(place: tuple[Store, str, str], exam: str) -> None:
@@ -112,7 +105,7 @@ def test_what_cannot_decide_anything_makes_no_images(place: tuple[Store, str, st
     with pytest.raises(LiftError, match="same model"):
         challenge(store, wrecking, exam, scoring=Scoring(scorer=SCORER, judge=SCORER))
     with pytest.raises(ChangesNothing, match=r"the word '<c1>', and none of the manifest's 24 prompts has it"):
-        challenge(store, word(store, "<c1>"), exam)
+        challenge(store, learned(store, "<c1>", base_digest=base_digest()), exam)
     assert len(store.list(layout.CANDIDATES)) == before
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from tasks import tables
-from tasks.adapters import Facts, Lora, write_adapter
+from tasks.adapters import Embeddings, Facts, Lora, write_adapter
 from tasks.identity import digest
 from tasks.store import Store, layout
 
@@ -28,6 +28,12 @@ def facts(**more: Any) -> Facts:
             **more,
         }
     )
+
+
+def learned(store: Store, word: str, **more: Any) -> str:
+    """The digest of a textual inversion in the store, as wide as the embedded model's text encoder."""
+    about = facts(kind="textual_inversion", trigger=word, **more)
+    return write_adapter(store, Embeddings({word: [torch.ones(1, 128)]}), about)
 
 
 def small_lora(rank: int = 2, alpha: float = 3.7, width: int = 6, text: str = "") -> Lora:

@@ -4,24 +4,19 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-import torch
 
 from flows import gate_steps, steps
 from flows.nightly import nightly
 from flows.parameters import Generation, Scoring
-from tasks.adapters import ChangesNothing, Embeddings, resolve_all, write_adapter
+from tasks.adapters import ChangesNothing, resolve_all, write_adapter
 from tasks.adapters.words import check_words
 from tasks.champions import crown
 from tasks.engines.models import default_recipe
 from tasks.ingest import ingest
 from tasks.store import Store
-from tests.tasks.adapters.loras import facts, small_lora
+from tests.tasks.adapters.loras import facts, learned, small_lora
 
 MODELS = Path(__file__).parents[3] / "data/models"
-
-
-def learned(store: Store, word: str) -> str:
-    return write_adapter(store, Embeddings({word: [torch.ones(1, 128)]}), facts(kind="textual_inversion", trigger=word))
 
 
 def manifest(folder: Path, prompt: str, negative: str = "") -> str:
@@ -69,8 +64,7 @@ def test_a_champion_that_makes_no_difference_to_a_night_is_told(
     """It won where prompts had its word, and the night is made all the same."""
     store = Store(tmp_path / "store")
     recipe = default_recipe(str(MODELS / "tiny-sd"))
-    about = facts(kind="textual_inversion", trigger="<c1>", base_digest=recipe.model_digest)
-    taught = write_adapter(store, Embeddings({"<c1>": [torch.ones(1, 128)]}), about)
+    taught = learned(store, "<c1>", base_digest=recipe.model_digest)
     crown(store, "demo", taught, base_digest=recipe.model_digest, why="by hand")
     for prompt, told in ("a <C1> square", False), ("a square", True):
         caplog.clear()
